@@ -1,0 +1,1 @@
+"""Preconditioner state as plain data: independent of who owns what."""

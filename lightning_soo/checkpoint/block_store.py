@@ -1,0 +1,160 @@
+"""Preconditioner state by name, whoever holds it: gathered for saving, handed back to its holders after loading."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.transport import Transport
+
+if TYPE_CHECKING:
+    from lightning_soo.optim.refreshing import Refresher
+
+FORMAT = 1
+
+
+class BlockStore:
+    """The blocks of one optimizer as plain data.
+
+    Every rank knows every block's counters and roots; statistics and results still in flight are the refresher's.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: Mapping[str, KroneckerBlock] = {}
+        self._refresher: Refresher | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._consolidated: tuple[int, dict[str, Any]] | None = None
+
+    def install(self, blocks: Mapping[str, KroneckerBlock], refresher: Refresher) -> None:
+        """Take over the blocks of a plan, and give them what was loaded before it existed."""
+        self._blocks, self._refresher, self._consolidated = blocks, refresher, None
+        if self._loaded is not None:
+            self._restore(self._loaded, refresher)
+            self._loaded = None
+
+    def drain(self) -> None:
+        if self._refresher is not None:
+            self._refresher.drain()
+
+    def _local(self) -> dict[str, Any]:
+        """What this rank holds; refreshes in flight are finished and stored as result and swap step."""
+        blocks = {}
+        for key, block in self._blocks.items():
+            entry: dict[str, Any] = {
+                "weight": block.weight,
+                "observations": block.observations,
+                "refreshed_observations": block.refreshed_observations,
+                "failures": block.failures,
+                "diagnostics": dict(block.diagnostics),
+            }
+            if block.roots is not None:
+                entry["roots"] = list(block.roots)
+            if block.statistics is not None:
+                entry["statistics"] = block.statistics.state_dict()
+            blocks[key] = entry
+        flights = []
+        for flight in self._refresher.in_flight if self._refresher is not None else ():
+            row: dict[str, Any] = {"key": flight.key, "started": flight.started, "swap": flight.swap}
+            if flight.delivered is not None:
+                outcome = flight.delivered
+                row["outcome"] = {
+                    "roots": outcome.roots,
+                    "condition_number": outcome.condition_number,
+                    "residual": outcome.residual,
+                    "seconds": outcome.seconds,
+                    "error": outcome.error,
+                }
+            flights.append(row)
+        return {"blocks": blocks, "in_flight": flights}
+
+    def consolidate(self, transport: Transport, to: int | None, step: int) -> None:
+        """Gather statistics and results in flight from their refreshers; see ``SecondOrderOptimizer.consolidate``."""
+        self.drain()
+        if transport.size == 1:
+            return
+        local = self._local()
+        mine = {
+            "statistics": {key: entry["statistics"] for key, entry in local["blocks"].items() if "statistics" in entry},
+            "outcomes": {
+                (row["key"], row["started"]): row["outcome"] for row in local["in_flight"] if "outcome" in row
+            },
+        }
+        buffer = io.BytesIO()
+        torch.save(mine, buffer)
+        parts = transport.gather_bytes(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8), to)
+        if to is not None and transport.rank != to:
+            return
+        for part in parts:
+            theirs = torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True, map_location="cpu")
+            for key, statistics in theirs["statistics"].items():
+                local["blocks"][key]["statistics"] = statistics
+            for row in local["in_flight"]:
+                outcome = theirs["outcomes"].get((row["key"], row["started"]))
+                if outcome is not None:
+                    row["outcome"] = outcome
+        self._consolidated = step, local
+
+    def state_dict(self, step: int, *, complete: bool) -> dict[str, Any]:
+        """The gathered state where there is one of this step, else what this rank holds, marked incomplete."""
+        if self._loaded is not None:
+            return {
+                key: self._loaded[key] for key in ("format", "complete", "blocks", "in_flight") if key in self._loaded
+            }
+        if self._consolidated is not None and self._consolidated[0] == step:
+            return {"format": FORMAT, "complete": True, **self._consolidated[1]}
+        self.drain()
+        return {"format": FORMAT, "complete": complete, **self._local()}
+
+    @staticmethod
+    def check(saved: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse what does not fit, before anything is changed.
+
+        Args:
+            expected: block key -> orders of its preconditioners.
+        """
+        if saved["format"] > FORMAT:
+            raise ValueError(f"state of format {saved['format']}; this version reads up to {FORMAT}: update it")
+        if not saved["complete"]:
+            raise ValueError(
+                "state saved on several ranks without consolidate(): the statistics of other ranks' blocks are "
+                "missing. Call optimizer.consolidate() on every rank before state_dict()"
+            )
+        blocks = saved["blocks"]
+        if blocks and set(blocks) != set(expected):
+            missing, foreign = sorted(set(expected) - set(blocks)), sorted(set(blocks) - set(expected))
+            raise ValueError(
+                f"saved blocks differ: {len(missing)} missing (first {missing[:1]}), {len(foreign)} unknown here "
+                f"(first {foreign[:1]}); was max_preconditioner_dim, merge_dims or an override changed?"
+            )
+        for key, entry in blocks.items():
+            matrices = [*entry.get("roots", ()), *entry.get("statistics", {"matrices": ()})["matrices"]]
+            wrong = [tuple(m.shape) for m in matrices if m.shape[0] not in expected[key]]
+            if wrong:
+                raise ValueError(f"block {key}: a saved matrix has shape {wrong[0]}, orders here are {expected[key]}")
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Keep checked state until :meth:`install` hands it to the blocks."""
+        self._loaded, self._consolidated = saved, None
+
+    def _restore(self, saved: Mapping[str, Any], refresher: Refresher) -> None:
+        for key, entry in saved["blocks"].items():
+            block = self._blocks.get(key)
+            if block is None:
+                continue
+            block.weight = float(entry["weight"])
+            block.observations = int(entry["observations"])
+            block.refreshed_observations = int(entry["refreshed_observations"])
+            block.failures = int(entry["failures"])
+            block.diagnostics = dict(entry["diagnostics"])
+            if "roots" in entry:
+                device = refresher.device_of(key)
+                block.roots = [root.to(device=device, dtype=block.compute_dtype, copy=True) for root in entry["roots"]]
+            else:
+                block.roots = None
+            if block.statistics is not None and "statistics" in entry:
+                block.statistics.load_state_dict(entry["statistics"])
+        refresher.restore([row for row in saved["in_flight"] if row["key"] in self._blocks])

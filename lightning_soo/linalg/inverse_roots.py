@@ -1,0 +1,202 @@
+"""Inverse p-th roots of symmetric positive semi-definite matrices, in float64 numpy.
+
+numpy only, on purpose: the same functions run in the trainer's process, in a background thread and in worker
+processes that never import torch, and give the same bits in each as long as BLAS runs one thread.
+
+Two solvers. ``eigh`` is the default: on a CPU one float64 ``eigh`` costs four to seven matrix products, any
+iteration costs dozens. ``newton`` (coupled Newton, Iannazzo 2006; Anil et al. 2020, algorithm II) needs nothing but
+products; it takes over where LAPACK's ``eigh`` does not converge.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+
+
+class InverseRootError(ArithmeticError):
+    """No solver gave a root that verifies. The message holds the order, the condition number and the residual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseRoot:
+    """One inverse root and how far it can be trusted.
+
+    Attributes:
+        root: ``(A + ridge I)^(-1/p)``, ``(n, n)`` float64, symmetric.
+        condition_number: largest over smallest eigenvalue of ``A + ridge I``.
+        residual: ``||X^p (A + ridge I) v - v|| / ||v||`` for one fixed probe vector ``v``.
+        ridge: what was added to the diagonal (absolute).
+        solver: ``"eigh"`` or ``"newton"``.
+    """
+
+    root: Matrix
+    condition_number: float
+    residual: float
+    ridge: float
+    solver: str
+
+
+def inverse_root(
+    matrix: npt.NDArray[np.floating],
+    exponent: float,
+    *,
+    eps: float,
+    relative_eps: bool = True,
+    solver: str = "eigh",
+    max_residual: float = 1e-2,
+) -> InverseRoot:
+    """Return a verified ``(A + ridge I)^(-1/p)`` with ``ridge = eps * lambda_max(A)``, or ``eps`` if not relative.
+
+    Args:
+        matrix: ``(n, n)`` symmetric; eigenvalues that rounding left below zero count as zero.
+        exponent: ``p``; any positive number for ``eigh``, a whole number for ``newton``.
+        eps: the ridge, a factor of the largest eigenvalue or (``relative_eps=False``) in the matrix's own units.
+        solver: ``"eigh"`` falls back to ``"newton"`` where LAPACK does not converge.
+        max_residual: a root whose probe residual is above this is not returned.
+
+    Raises:
+        InverseRootError: the matrix is zero or not finite, or no solver gave a root that verifies.
+        ValueError: unknown solver, or an exponent the solver cannot take.
+    """
+    if solver not in ("eigh", "newton"):
+        raise ValueError(f"solver={solver!r}: choose 'eigh' or 'newton'")
+    if not exponent > 0:
+        raise ValueError(f"exponent={exponent}: the root A^(-1/p) needs p > 0")
+    a = np.asarray(matrix, dtype=np.float64)
+    order = a.shape[0]
+    if not np.isfinite(a).all():
+        raise InverseRootError(f"matrix of order {order} holds NaN or Inf")
+    a = (a + a.T) * 0.5
+    # LAPACK and the probe work on a matrix of size one, so that gradients of 1e+20 or 1e-20 are no special case.
+    size = float(np.abs(a).max(initial=0.0))
+    if size == 0.0:
+        raise InverseRootError(f"matrix of order {order} is zero: there is nothing to take the root of")
+    a = a / size
+    relative = eps if relative_eps else eps / size
+    failure = ""
+    for name in ("eigh", "newton") if solver == "eigh" else ("newton",):
+        if name == "newton" and exponent != int(exponent):
+            failure += f"; newton needs a whole exponent, not {exponent}"
+            continue
+        try:
+            found = (_root_eigh if name == "eigh" else _root_newton)(a, exponent, relative, relative_eps)
+        except np.linalg.LinAlgError as error:
+            failure += f"; {name}: {error}"
+            continue
+        if np.isfinite(found.root).all() and found.residual <= max_residual:
+            return InverseRoot(
+                root=found.root * size ** (-1.0 / exponent),
+                condition_number=found.condition_number,
+                residual=found.residual,
+                ridge=found.ridge * size,
+                solver=name,
+            )
+        failure += f"; {name}: condition number {found.condition_number:.2e}, residual {found.residual:.2e}"
+    raise InverseRootError(
+        f"no inverse root of order {order} (exponent -1/{exponent:g}, eps {eps:g}) verified{failure}"
+    )
+
+
+def _root_eigh(a: Matrix, exponent: float, eps: float, relative_eps: bool) -> InverseRoot:
+    eigenvalues, vectors = np.linalg.eigh(a)
+    largest = float(eigenvalues[-1])
+    ridge = eps * largest if relative_eps else eps
+    clipped = np.maximum(eigenvalues, 0.0) + ridge
+    if not clipped[0] > 0.0:
+        raise np.linalg.LinAlgError(
+            f"singular: smallest eigenvalue {eigenvalues[0]:.2e} with ridge {ridge:.2e}; raise preconditioner_eps"
+        )
+    half = vectors * clipped ** (-0.5 / exponent)
+    root = half @ half.T  # numpy sees a matrix times its own transpose: half the flops, and exactly symmetric
+    negative = int(np.searchsorted(eigenvalues, 0.0))
+    probe = _probe(a.shape[0])
+    target = a @ probe + ridge * probe
+    if negative:  # what the root was taken of: the negative part is clipped away
+        below = vectors[:, :negative]
+        target -= below @ (eigenvalues[:negative] * (below.T @ probe))
+    return InverseRoot(
+        root=root,
+        condition_number=float(clipped[-1] / clipped[0]),
+        residual=_residual(root, exponent, target, probe, clipped, vectors),
+        ridge=ridge,
+        solver="eigh",
+    )
+
+
+def _root_newton(a: Matrix, exponent: float, eps: float, relative_eps: bool) -> InverseRoot:
+    """Coupled Newton from the identity. A warm start from an older root is wrong: the two do not commute."""
+    p, order = int(exponent), a.shape[0]
+    largest = _largest_eigenvalue(a)
+    ridge = eps * largest if relative_eps else eps
+    damped = a + ridge * np.eye(order)
+    scale = (1.0 + p) / (2.0 * np.linalg.norm(damped))
+    coupled, root = scale * damped, np.eye(order) * scale ** (1.0 / p)
+    best = np.inf
+    for _ in range(200):
+        error = float(np.abs(coupled - np.eye(order)).max())
+        if not np.isfinite(error) or (error < 1e-6 and error >= best):
+            break
+        best = min(best, error)
+        if error < 1e-14:
+            break
+        factor = ((p + 1.0) * np.eye(order) - coupled) / p
+        root = root @ factor
+        coupled = np.linalg.matrix_power(factor, p) @ coupled
+    root = (root + root.T) * 0.5
+    probe = _probe(order)
+    smallest = 1.0 / _largest_eigenvalue(np.linalg.matrix_power(root, p))
+    return InverseRoot(
+        root=root,
+        condition_number=(largest + ridge) / smallest,
+        residual=_residual(root, exponent, damped @ probe, probe, None, None),
+        ridge=ridge,
+        solver="newton",
+    )
+
+
+def _probe(order: int) -> npt.NDArray[np.float64]:
+    return np.random.default_rng(order).standard_normal(order)
+
+
+def _residual(
+    root: Matrix,
+    exponent: float,
+    target: npt.NDArray[np.float64],
+    probe: npt.NDArray[np.float64],
+    eigenvalues: npt.NDArray[np.float64] | None,
+    vectors: Matrix | None,
+) -> float:
+    """How far ``X^p A`` is from the identity on the probe.
+
+    The iteration's own error (``|M - I|`` of coupled Newton) can read 1e-14 while the root is wrong; this cannot.
+    A fractional exponent has no such product: there the decomposition itself is checked on the probe.
+    """
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        if exponent == int(exponent) and exponent <= 64:
+            image = target
+            for _ in range(int(exponent)):
+                image = root @ image
+            return float(np.linalg.norm(image - probe) / np.linalg.norm(probe))
+        assert eigenvalues is not None and vectors is not None
+        rebuilt = vectors @ (eigenvalues * (vectors.T @ probe))
+        return float(np.linalg.norm(rebuilt - target) / np.linalg.norm(target))
+
+
+def _largest_eigenvalue(a: Matrix, iterations: int = 100) -> float:
+    """Power iteration: enough for a ridge and a printed condition number."""
+    vector = _probe(a.shape[0])
+    value = 0.0
+    for _ in range(iterations):
+        vector = vector / (np.linalg.norm(vector) or 1.0)
+        vector = a @ vector
+        previous, value = value, float(np.linalg.norm(vector))
+        if abs(value - previous) <= 1e-12 * value:
+            break
+    return value

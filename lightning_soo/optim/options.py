@@ -1,0 +1,156 @@
+"""Shampoo's options that hold for the whole optimizer, typed and validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lightning_soo.naming import nearest
+from lightning_soo.placement.blocks import MERGE_DIMS, BlockRules
+from lightning_soo.placement.overrides import Override
+from lightning_soo.refresh.workers import WorkerOptions
+
+GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
+GRAFT_NORMS = ("parameter", "block")
+NONFINITE = ("skip", "raise")
+# what a parameter group may set for itself; everything else belongs to the optimizer (or to `overrides`)
+GROUP_OPTIONS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "momentum",
+    "dampening",
+    "nesterov",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooOptions:
+    """The meaning of each field stands in :class:`lightning_soo.Shampoo`."""
+
+    preconditioner_eps: float = 1e-6
+    relative_eps: bool = True
+    use_bias_correction: bool = True
+    precondition_frequency: int = 20
+    refresh_delay: int | None = None
+    stagger: bool = True
+    gather_frequency: int | None = None
+    statistics_frequency: int = 1
+    start_preconditioning_step: int | None = None
+    max_preconditioner_dim: int = 1024
+    merge_dims: str = "kernel"
+    precondition_1d: bool = False
+    one_sided_above: int | None = None
+    exponent_override: float | None = None
+    grafting: str | None = "adam"
+    grafting_beta2: float | None = None
+    grafting_norm: str = "parameter"
+    nonfinite: str = "skip"
+    compute_dtype: torch.dtype | None = None
+    overrides: tuple[Override, ...] = ()
+    workers: WorkerOptions = field(default_factory=WorkerOptions)
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        overrides: Sequence[Mapping[str, Any]] | None,
+        workers: str | WorkerOptions | Mapping[str, Any],
+        compute_dtype: torch.dtype | str | None,
+        **options: Any,
+    ) -> ShampooOptions:
+        """Build from what a user or a configuration file writes: plain values, dtypes by name."""
+        return cls(
+            overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
+            workers=WorkerOptions.parse(workers),
+            compute_dtype=parse_dtype(compute_dtype),
+            **options,
+        )
+
+    def __post_init__(self) -> None:
+        for name in ("precondition_frequency", "statistics_frequency", "max_preconditioner_dim"):
+            _require(name, getattr(self, name), minimum=1)
+        for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above"):
+            _require(name, getattr(self, name), minimum=1, optional=True)
+        _require("refresh_delay", self.refresh_delay, minimum=0, optional=True)
+        if not self.preconditioner_eps >= 0:
+            raise ValueError(f"preconditioner_eps={self.preconditioner_eps}: must be at least 0")
+        if self.exponent_override is not None and not self.exponent_override > 0:
+            raise ValueError(f"exponent_override={self.exponent_override}: the p of A^(-1/p) must be above 0")
+        if self.grafting_beta2 is not None and not 0 <= self.grafting_beta2 <= 1:
+            raise ValueError(f"grafting_beta2={self.grafting_beta2}: must be in [0, 1]")
+        for name, choices in (("merge_dims", MERGE_DIMS), ("grafting_norm", GRAFT_NORMS), ("nonfinite", NONFINITE)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
+        if self.grafting is not None and self.grafting not in GRAFTS:
+            raise ValueError(f"grafting={self.grafting!r}{nearest(str(self.grafting), GRAFTS)} (or None)")
+
+    @property
+    def delay(self) -> int:
+        """``refresh_delay`` with its default, the interval."""
+        return self.precondition_frequency if self.refresh_delay is None else self.refresh_delay
+
+    @property
+    def start(self) -> int:
+        """``start_preconditioning_step`` with its default, the interval."""
+        return self.start_preconditioning_step or self.precondition_frequency
+
+    @property
+    def block_rules(self) -> BlockRules:
+        return BlockRules(
+            max_preconditioner_dim=self.max_preconditioner_dim,
+            merge_dims=self.merge_dims,
+            precondition_1d=self.precondition_1d,
+            one_sided_above=self.one_sided_above,
+        )
+
+    def statistics_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """float32, or float64 for float64 parameters: squares of half-precision numbers need the range."""
+        return torch.float64 if parameter_dtype == torch.float64 else torch.float32
+
+    def root_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """``compute_dtype``, else that of the statistics."""
+        return self.compute_dtype or self.statistics_dtype(parameter_dtype)
+
+
+def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """``torch.bfloat16``, ``"bfloat16"`` or ``"torch.bfloat16"``."""
+    names = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(value, str):
+        name = value.removeprefix("torch.")
+        if name not in names:
+            raise ValueError(f"compute_dtype={value!r}{nearest(name, names)}")
+        return names[name]
+    if value is not None and value not in names.values():
+        raise ValueError(f"compute_dtype={value!r}: choose one of {', '.join(names)}")
+    return value
+
+
+def validate_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the options of one parameter group.
+
+    Raises:
+        ValueError: names the option, its value and the group.
+    """
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name}={group[name]} ({where}): must be at least 0")
+    beta1, beta2 = group["betas"]
+    if not 0 <= beta1 < 1:
+        raise ValueError(f"betas[0]={beta1} ({where}): must be in [0, 1)")
+    if not 0 <= beta2 <= 1:
+        raise ValueError(f"betas[1]={beta2} ({where}): must be in [0, 1]; 1 is the plain sum")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(f"nesterov=True ({where}): needs momentum above 0 and dampening=0")
+
+
+def _require(name: str, value: int | None, *, minimum: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least {minimum}{' or None' * optional}")

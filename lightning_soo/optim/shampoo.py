@@ -1,0 +1,141 @@
+"""Scalable Shampoo (Anil et al. 2020, arXiv 2002.09018; Gupta et al. 2018) as a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soo.naming import suggest_names
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.options import ShampooOptions
+from lightning_soo.refresh.workers import WorkerOptions
+
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Shampoo(SecondOrderOptimizer):
+    """Shampoo with grafting, blocking, and roots computed beside training.
+
+    Every parameter's matrix view is cut into blocks ``G``; per preconditioned dimension ``i`` of a block the statistic
+    ``A_i <- b2 A_i + (1 - b2) unfold_i(G) unfold_i(G)^T`` is kept, its root ``R_i = (A_i / c2 + eps_i I)^(-1/p)`` is
+    refreshed now and then, and the direction is ``G`` (filtered by ``betas[0]``) times ``R_i`` along every ``i``, with
+    the step size of ``grafting``.
+
+    Args:
+        params: parameters, ``named_parameters()``, parameter groups, or a model (then embeddings are recognised).
+        lr: learning rate; may be a tensor.
+        betas: decay of the gradient filter (before preconditioning; also Adam's first moment) and of the statistics.
+            ``betas[1] = 1`` is the plain sum with weight 1 (Adagrad). Both are per step, whatever
+            ``statistics_frequency``.
+        eps: of the graft, added outside the root.
+        weight_decay: decoupled as in AdamW, or (``decoupled_weight_decay=False``) added to the gradient first.
+        momentum: after grafting, with ``dampening`` and ``nesterov`` as in ``torch.optim.SGD``.
+        preconditioner_eps: ridge of the statistics, times their largest eigenvalue (``relative_eps``) or absolute.
+        use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
+            always corrected, the RMSprop graft never.
+        precondition_frequency: steps between two refreshes of a block's roots.
+        refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
+            executor; None is the interval, 0 is synchronous.
+        stagger: spread the blocks' refreshes over the interval.
+        gather_frequency: roots change hands only at multiples of this; None: as soon as the delay is over.
+        statistics_frequency: steps between two updates of the statistics.
+        start_preconditioning_step: step of the first refresh of all blocks; None is ``precondition_frequency``. Until
+            the first roots are in, the graft alone moves.
+        max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
+        merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``); ``"all"`` (dimensions of size one
+            dropped, merged from the right while the product is at most ``max_preconditioner_dim``). Dimensions of size
+            one never have a preconditioner.
+        precondition_1d: whether vectors (biases, norms) are preconditioned.
+        one_sided_above: a longer dimension has no preconditioner, so that a vocabulary is one-sided: ``G R^(-1/2)``.
+            None is ``8 * max_preconditioner_dim``. The vocabulary side of ``nn.Embedding`` never has one when the
+            model is known.
+        exponent_override: ``p`` of ``A^(-1/p)``; None is twice the number of preconditioned dimensions.
+        grafting: whose step size is used: None, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``,
+            ``"adagrad_normalized"``, ``"rmsprop_normalized"`` (of the gradient divided by its norm).
+        grafting_beta2: decay of the graft's second moment; None is ``betas[1]``.
+        grafting_norm: match norms over the whole ``"parameter"`` (Google) or per ``"block"`` (Meta).
+        nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
+        compute_dtype: of the roots and the products with them (``torch.bfloat16`` is several times faster on current
+            CPUs and GPUs); None is float32, or float64 for float64 parameters.
+        overrides: exceptions by name pattern or module class, first match wins:
+            ``[{"match": "lm_head|embed", "method": "none"}, {"match": "Conv2d", "max_preconditioner_dim": 512}]``.
+        workers: ``"auto"``, ``"inline"``, ``"thread"`` or :class:`WorkerOptions`.
+
+    Raises:
+        ValueError: an option out of range (named with its value), or nothing to precondition.
+        TypeError: an unknown option, with the nearest name.
+    """
+
+    method = "shampoo"
+
+    @suggest_names
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        preconditioner_eps: float = 1e-6,
+        relative_eps: bool = True,
+        use_bias_correction: bool = True,
+        precondition_frequency: int = 20,
+        refresh_delay: int | None = None,
+        stagger: bool = True,
+        gather_frequency: int | None = None,
+        statistics_frequency: int = 1,
+        start_preconditioning_step: int | None = None,
+        max_preconditioner_dim: int = 1024,
+        merge_dims: str = "kernel",
+        precondition_1d: bool = False,
+        one_sided_above: int | None = None,
+        exponent_override: float | None = None,
+        grafting: str | None = "adam",
+        grafting_beta2: float | None = None,
+        grafting_norm: str = "parameter",
+        nonfinite: str = "skip",
+        compute_dtype: torch.dtype | str | None = None,
+        overrides: Sequence[Mapping[str, Any]] | None = None,
+        workers: str | WorkerOptions | Mapping[str, Any] = "auto",
+    ) -> None:
+        options = ShampooOptions.parse(
+            preconditioner_eps=preconditioner_eps,
+            relative_eps=relative_eps,
+            use_bias_correction=use_bias_correction,
+            precondition_frequency=precondition_frequency,
+            refresh_delay=refresh_delay,
+            stagger=stagger,
+            gather_frequency=gather_frequency,
+            statistics_frequency=statistics_frequency,
+            start_preconditioning_step=start_preconditioning_step,
+            max_preconditioner_dim=max_preconditioner_dim,
+            merge_dims=merge_dims,
+            precondition_1d=precondition_1d,
+            one_sided_above=one_sided_above,
+            exponent_override=exponent_override,
+            grafting=grafting,
+            grafting_beta2=grafting_beta2,
+            grafting_norm=grafting_norm,
+            nonfinite=nonfinite,
+            compute_dtype=compute_dtype,
+            overrides=overrides,
+            workers=workers,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, options)

@@ -1,0 +1,1 @@
+"""What is owned by whom, and why: pure and deterministic, no process group."""

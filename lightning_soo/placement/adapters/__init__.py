@@ -1,0 +1,1 @@
+"""One file per sharding engine: lists this rank's fragments and brackets the engine's step."""

@@ -1,0 +1,115 @@
+"""How a parameter is cut into preconditioned blocks. Depends on names, shapes and options alone, never on ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+MERGE_DIMS = ("none", "kernel", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRules:
+    """The options that decide a parameter's blocks; their meaning is in :class:`lightning_soo.Shampoo`."""
+
+    max_preconditioner_dim: int = 1024
+    merge_dims: str = "kernel"
+    precondition_1d: bool = False
+    one_sided_above: int | None = None
+    is_embedding: bool = False
+
+    @property
+    def one_sided_limit(self) -> int:
+        """Dimensions above this are left alone rather than cut into many blocks."""
+        return 8 * self.max_preconditioner_dim if self.one_sided_above is None else self.one_sided_above
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A box of a parameter's merged shape that is preconditioned on its own.
+
+    Attributes:
+        parameter: canonical name.
+        merged_shape: the parameter's shape after ``merge_dims``.
+        ranges: ``(start, stop)`` per merged dimension.
+        dims: the dimensions that have a preconditioner (size above one, not above the one-sided limit).
+    """
+
+    parameter: str
+    merged_shape: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
+    dims: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Name in the block store, the same whoever holds the block."""
+        return f"{self.parameter}/" + "x".join(f"{start}:{stop}" for start, stop in self.ranges)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.ranges)
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Orders of the preconditioners, one for each of ``dims``."""
+        return tuple(self.shape[dim] for dim in self.dims)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, stop) for start, stop in self.ranges)
+
+
+def merge_shape(shape: tuple[int, ...], merge_dims: str, max_preconditioner_dim: int) -> tuple[int, ...]:
+    """Shape after merging neighbouring dimensions (a reshape; elements keep their row-major order).
+
+    ``"none"``: as it is. ``"kernel"``: everything but the first dimension becomes one (``O x I*kh*kw``).
+    ``"all"``: dimensions of size one dropped, then merged from the right while the product is at most
+    ``max_preconditioner_dim``.
+    """
+    if merge_dims not in MERGE_DIMS:
+        raise ValueError(f"merge_dims={merge_dims!r}: choose one of {', '.join(MERGE_DIMS)}")
+    if merge_dims == "kernel" and len(shape) > 2:
+        return shape[0], math.prod(shape[1:])
+    if merge_dims != "all":
+        return shape
+    merged: list[int] = []
+    for size in reversed([size for size in shape if size != 1]):
+        if merged and merged[0] * size <= max_preconditioner_dim:
+            merged[0] *= size
+        else:
+            merged.insert(0, size)
+    return tuple(merged) or (1,)
+
+
+def even_cuts(size: int, limit: int) -> list[tuple[int, int]]:
+    """Cut ``[0, size)`` into the fewest pieces of at most ``limit``, sizes equal up to one.
+
+    Equal pieces rather than full ones and a remainder: 1025 at 1024 gives 513 + 512, not 1024 + 1.
+    """
+    pieces = max(1, math.ceil(size / limit))
+    edges = [size * piece // pieces for piece in range(pieces + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def partition(name: str, shape: tuple[int, ...], rules: BlockRules) -> tuple[list[Block], str]:
+    """Return the blocks of one parameter, or no blocks and the reason in words."""
+    if math.prod(shape) == 0:
+        return [], "empty"
+    merged = merge_shape(shape, rules.merge_dims, rules.max_preconditioner_dim)
+    real = [dim for dim, size in enumerate(merged) if size > 1]
+    if not real:
+        return [], "one element"
+    if len(real) == 1 and not rules.precondition_1d:
+        return [], "1-D (precondition_1d=False)"
+    # the rows of an embedding are categories: no correlation worth a matrix, and most rows of its gradient are zero
+    skip_rows = rules.is_embedding and len(real) > 1 and merged[0] > merged[real[-1]]
+    dims = tuple(d for d in real if merged[d] <= rules.one_sided_limit and not (skip_rows and d == 0))
+    if not dims:
+        return [], f"every dimension above one_sided_above={rules.one_sided_limit}"
+    cuts = [
+        even_cuts(size, rules.max_preconditioner_dim) if dim in dims else [(0, size)] for dim, size in enumerate(merged)
+    ]
+    return [
+        Block(parameter=name, merged_shape=merged, ranges=ranges, dims=dims) for ranges in itertools.product(*cuts)
+    ], ""

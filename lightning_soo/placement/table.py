@@ -1,0 +1,95 @@
+"""The plan as the table that rank 0 prints once, repeated layers folded into one row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from lightning_soo.placement.plan import Plan, PlannedParameter
+
+_HEADER = ("parameter", "shape", "engine", "method", "blocks", "home", "refresher", "state", "note")
+
+
+def plan_table(plan: Plan, *, engine: str, method: str, graft: str, root_bytes: int, statistics_bytes: int) -> str:
+    """Render the plan.
+
+    Args:
+        graft: what moves the parameters that are not preconditioned.
+        root_bytes, statistics_bytes: size of one element of each.
+    """
+    groups: dict[tuple[object, ...], list[PlannedParameter]] = {}
+    for parameter in plan.parameters:
+        folded = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", parameter.name)
+        key = (folded, parameter.spec.shape, parameter.reason, tuple(u.block.dims for u in parameter.units))
+        groups.setdefault(key, []).append(parameter)
+    rows = [_HEADER]
+    for members in groups.values():
+        first = members[0]
+        elements = sum(order**2 for p in members for u in p.units for order in u.block.orders)
+        owners = sorted({unit.refresher for p in members for unit in p.units})
+        rows.append(
+            (
+                first.name if len(members) == 1 else f"{_folded_name(members)} ({len(members)})",
+                "x".join(map(str, first.spec.shape)) or "scalar",
+                engine,
+                method if first.units else graft if first.spec.requires_grad else "-",
+                _blocks_text(first),
+                "all" if first.units and plan.ranks > 1 else "-" if not first.units else "0",
+                ",".join(map(str, owners)) or "-",
+                format_bytes(elements * (root_bytes + statistics_bytes)) if elements else "-",
+                first.reason,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join([*lines, *_summary(plan, root_bytes, statistics_bytes)])
+
+
+def _summary(plan: Plan, root_bytes: int, statistics_bytes: int) -> list[str]:
+    elements = [0] * plan.ranks
+    total = 0
+    for unit in plan.units:
+        count = sum(order**2 for order in unit.block.orders)
+        total += count
+        elements[unit.refresher] += count
+    roots, statistics = total * root_bytes, max(elements) * statistics_bytes
+    lines = [
+        f"{len(plan.units)} blocks; {plan.preconditioned_share:.1%} of trainable elements preconditioned; at most "
+        f"{format_bytes(roots + statistics)} of preconditioner state on a rank (roots {format_bytes(roots)}, its "
+        f"statistics {format_bytes(statistics)})"
+    ]
+    if plan.ranks > 1:
+        lines.append(
+            f"refreshes divided over {plan.ranks} ranks, largest load {plan.balance:.2f}x the mean; "
+            f"{format_bytes(roots)} of roots gathered per interval, no gradient traffic"
+        )
+    return lines
+
+
+def _blocks_text(parameter: PlannedParameter) -> str:
+    if not parameter.units:
+        return "-"
+    shapes = sorted({unit.block.shape for unit in parameter.units}, reverse=True)
+    sides = "" if len(parameter.units[0].block.dims) == len(shapes[0]) else f" dims {parameter.units[0].block.dims}"
+    return f"{len(parameter.units)} of {'x'.join(map(str, shapes[0]))}{sides}"
+
+
+def _folded_name(members: Sequence[PlannedParameter]) -> str:
+    """``layers.{0..5}.weight``: the range of every number that differs."""
+    pieces = [re.split(r"(?<![A-Za-z_])(\d+)(?![A-Za-z_])", member.name) for member in members]
+    name = ""
+    for column in zip(*pieces, strict=True):
+        values = sorted(set(column), key=lambda text: (len(text), text))
+        name += values[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}"
+    return name
+
+
+def format_bytes(count: float) -> str:
+    """``1.5 MiB``; binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or math.isclose(count, round(count)) else f"{count:.1f} {unit}"

@@ -1,0 +1,1 @@
+"""What is known about one block: pure tensors, no process group, no framework."""

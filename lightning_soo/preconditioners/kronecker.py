@@ -1,0 +1,128 @@
+"""Shampoo's Kronecker-factored preconditioner of one block (Gupta et al. 2018; Anil et al. 2020, section 3).
+
+For a block ``G`` with preconditioned dimensions ``i``, ``A_i <- b2 A_i + (1 - b2) unfold_i(G) unfold_i(G)^T`` and the
+direction is ``G`` times ``(A_i / c2 + eps_i I)^(-1/p)`` along every ``i``. Pure tensors: no process group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soo.placement.blocks import Block
+from lightning_soo.refresh.jobs import Job
+
+# Outside this range squares of float32 gradients start to overflow or to vanish, and statistics are kept scaled.
+_SMALLEST, _LARGEST = 1e-10, 1e12
+
+
+@dataclass
+class KroneckerStatistics:
+    """Running second moments of one block; exists on the block's refresher alone.
+
+    Attributes:
+        matrices: one ``(n, n)`` per preconditioned dimension, of ``scale * G``.
+        scale: a power of two, 1 unless gradients are extreme (1e+20, 1e-20), so ``A_i = matrices[i] / scale^2``.
+        peak: decayed largest magnitude seen, which decides the scale.
+    """
+
+    matrices: list[Tensor]
+    scale: float = 1.0
+    peak: float = 0.0
+
+    @classmethod
+    def zeros(cls, block: Block, *, dtype: torch.dtype, device: torch.device) -> KroneckerStatistics:
+        return cls([torch.zeros(order, order, dtype=dtype, device=device) for order in block.orders])
+
+    def observe(self, block: Block, gradient: Tensor, *, decay: float, weight: float, magnitude: float) -> None:
+        """Add one gradient: ``A_i <- decay A_i + weight unfold_i(G) unfold_i(G)^T``.
+
+        Args:
+            gradient: of the block's shape.
+            magnitude: largest absolute element of the whole parameter's gradient.
+        """
+        self.peak = max(self.peak * math.sqrt(decay), magnitude)
+        if not _SMALLEST <= self.peak * self.scale <= _LARGEST:
+            scale = 2.0 ** -math.frexp(self.peak)[1]
+            for matrix in self.matrices:  # two exact steps: the square of the ratio may not fit the dtype
+                matrix.mul_(scale / self.scale).mul_(scale / self.scale)
+            self.scale = scale
+        gradient = gradient.to(self.matrices[0].dtype)
+        if self.scale != 1.0:
+            gradient = gradient * self.scale
+        for dim, matrix in zip(block.dims, self.matrices, strict=True):
+            unfolded = gradient.movedim(dim, 0).reshape(matrix.shape[0], -1)
+            matrix.addmm_(unfolded, unfolded.T, beta=decay, alpha=weight)
+
+    def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
+        """What a worker needs to compute this block's roots; the arrays are copies.
+
+        Args:
+            correction: ``c2``, by which the statistics are divided.
+        """
+        return Job(
+            function="inverse_roots",
+            arrays=tuple(matrix.detach().cpu().numpy().copy() for matrix in self.matrices),
+            options={
+                "divisor": correction * self.scale**2,
+                "exponent": exponent,
+                "eps": eps,
+                "relative_eps": relative_eps,
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"matrices": list(self.matrices), "scale": self.scale, "peak": self.peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for own, saved in zip(self.matrices, state["matrices"], strict=True):
+            own.copy_(saved)
+        self.scale, self.peak = float(state["scale"]), float(state["peak"])
+
+
+@dataclass
+class KroneckerBlock:
+    """Everything known about one block on this rank.
+
+    Attributes:
+        exponent: ``p``.
+        compute_dtype: dtype of the roots, in which the products of :meth:`precondition` run.
+        statistics: on the refresher, else None.
+        weight: sum of the weights of all gradients seen, ``1 - b2^t``, by which the statistics are corrected; 1 for a
+            plain sum. Known on every rank.
+        observations: how many gradients were seen; known on every rank.
+        refreshed_observations: how many the last refresh had seen.
+        roots: one ``(n, n)`` per preconditioned dimension, None before the first is in.
+    """
+
+    block: Block
+    exponent: float
+    compute_dtype: torch.dtype
+    statistics: KroneckerStatistics | None = None
+    weight: float = 0.0
+    observations: int = 0
+    refreshed_observations: int = 0
+    roots: list[Tensor] | None = None
+    failures: int = 0
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+    def count(self, *, decay: float, weight: float) -> None:
+        """Keep the sum of weights, on every rank, whoever holds the statistics."""
+        self.weight = self.weight * decay + weight if decay < 1.0 else 1.0
+        self.observations += 1
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        """Return ``gradient`` times the roots, in ``compute_dtype`` and the gradient's shape."""
+        assert self.roots is not None
+        x = gradient.to(self.compute_dtype)
+        for dim, root in zip(self.block.dims, self.roots, strict=True):
+            if x.ndim == 2:
+                x = root @ x if dim == 0 else x @ root
+            else:
+                moved = x.movedim(dim, 0)
+                x = (root @ moved.reshape(root.shape[0], -1)).reshape(moved.shape).movedim(0, dim)
+        return x

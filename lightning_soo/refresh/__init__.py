@@ -1,0 +1,1 @@
+"""When preconditioners are recomputed, and where."""

@@ -1,0 +1,113 @@
+"""Where refresh jobs run: in the step itself, or in background threads. Worker processes fit the same interface."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Hashable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Protocol
+
+from lightning_soo.refresh.jobs import Job, JobResult, run_job
+
+logger = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Runs jobs. When a result is used is not its business: the schedule fixes that."""
+
+    kind: str
+
+    def submit(self, key: Hashable, job: Job) -> None:
+        """Start a job. ``key`` must not be in use."""
+
+    def result(self, key: Hashable) -> JobResult:
+        """Return a job's result, waiting for it if need be, and forget the job."""
+
+    def close(self) -> None:
+        """Stop; unfinished jobs are dropped. A later ``submit`` starts afresh."""
+
+
+class InlineExecutor:
+    """Runs each job where it is submitted: the training step waits."""
+
+    kind = "inline"
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, JobResult] = {}
+
+    def submit(self, key: Hashable, job: Job) -> None:
+        self._results[key] = run_job(job)
+
+    def result(self, key: Hashable) -> JobResult:
+        return self._results.pop(key)
+
+    def close(self) -> None:
+        self._results.clear()
+
+
+class ThreadExecutor:
+    """Daemon threads. LAPACK as numpy calls it releases the GIL, so training goes on while a root is computed.
+
+    Each job runs at one BLAS thread whatever their number, so the bits do not depend on it.
+    """
+
+    kind = "thread"
+
+    def __init__(self, count: int = 1, deadline: float = 300.0) -> None:
+        """Args: deadline: seconds to wait for a late result before computing it in the calling thread instead."""
+        self._count = count
+        self._deadline = deadline
+        self._queue: queue.SimpleQueue[tuple[Future[JobResult], Job] | None] = queue.SimpleQueue()
+        self._pending: dict[Hashable, tuple[Future[JobResult], Job]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, key: Hashable, job: Job) -> None:
+        if not self._threads:
+            self._queue = queue.SimpleQueue()
+            self._threads = [
+                threading.Thread(
+                    target=_work, args=(self._queue,), name=f"lightning_soo refresh {number}", daemon=True
+                )
+                for number in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
+        future: Future[JobResult] = Future()
+        self._pending[key] = future, job
+        self._queue.put((future, job))
+
+    def result(self, key: Hashable) -> JobResult:
+        future, job = self._pending.pop(key)
+        try:
+            return future.result(timeout=self._deadline)
+        except FutureTimeoutError:
+            logger.warning(
+                "refresh of %s not ready %.0f s after it was needed: computed in the training thread instead",
+                key,
+                self._deadline,
+            )
+            return run_job(job)  # the same function at one BLAS thread: the same bits
+
+    def close(self) -> None:
+        for future, _ in self._pending.values():
+            future.cancel()
+        self._pending.clear()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout=self._deadline)
+        self._threads = []
+
+
+def _work(jobs: queue.SimpleQueue[tuple[Future[JobResult], Job] | None]) -> None:
+    while (item := jobs.get()) is not None:
+        future, job = item
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(run_job(job))
+        except BaseException as error:  # a fault of ours: raised where the result is asked for, never swallowed
+            future.set_exception(error)

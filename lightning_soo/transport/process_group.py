@@ -1,0 +1,132 @@
+"""The only place where collectives are called. What is sent, and when, comes from the plan and the schedule alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Transport:
+    """Collectives over the replicas of one model; with one rank every call is local and free.
+
+    Attributes:
+        rank, size: place and number of ranks in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, enabled: bool = True) -> None:
+        """Args: group: None is the default group; ``enabled=False`` is a single process whatever is initialised."""
+        active = enabled and dist.is_available() and dist.is_initialized()
+        self._group = group if active else None
+        self.rank = dist.get_rank(group) if active else 0
+        self.size = dist.get_world_size(group) if active else 1
+        self._device = torch.device("cpu")
+        if self.size > 1 and "nccl" in str(dist.get_backend(group)) and "gloo" not in str(dist.get_backend(group)):
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over ranks of a small vector."""
+        if self.size == 1:
+            return values
+        moved = values.to(self._device)
+        dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self._group)
+        return moved.to(values.device)
+
+    def broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None) -> list[Tensor]:
+        """Every rank gives one flat byte buffer and gets all of them.
+
+        One broadcast per owner, all in flight at once: on gloo several times faster than an all_gather of padded
+        buffers.
+
+        Args:
+            sizes: bytes of each rank's buffer, known to all from the plan.
+            own: this rank's buffer (uint8, ``sizes[rank]`` long); None where that is 0.
+        """
+        buffers, handles = [], []
+        for rank, size in enumerate(sizes):
+            if size and rank == self.rank:
+                assert own is not None and own.numel() == size
+                buffer = own.to(self._device)
+            else:
+                buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            buffers.append(buffer)
+            if size and self.size > 1:
+                handles.append(dist.broadcast(buffer, src=self._global(rank), group=self._group, async_op=True))
+        for handle in handles:
+            handle.wait()
+        return [buffer.cpu() for buffer in buffers]
+
+    def gather_bytes(self, own: Tensor, to: int | None) -> list[Tensor]:
+        """Collect one byte buffer of any size from every rank; empty tensors on ranks that are not ``to``.
+
+        Args:
+            to: the rank that receives, or None for all.
+        """
+        if self.size == 1:
+            return [own]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([own.numel()], device=self._device), group=self._group)
+        lengths = [int(size) for size in sizes]
+        if to is None:
+            return self.broadcast_from_owners(lengths, own)
+        received = [torch.empty(0, dtype=torch.uint8) for _ in lengths]
+        if self.rank == to:
+            for rank, length in enumerate(lengths):
+                if rank == to:
+                    received[rank] = own
+                elif length:
+                    buffer = torch.empty(length, dtype=torch.uint8, device=self._device)
+                    dist.recv(buffer, src=self._global(rank), group=self._group)
+                    received[rank] = buffer.cpu()
+        elif own.numel():
+            dist.send(own.to(self._device), dst=self._global(to), group=self._group)
+        return received
+
+    def all_gather_integers(self, values: Sequence[int]) -> list[list[int]]:
+        """Fixed-size exchange of small integers, for agreement before anything of unknown size is sent."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(list(values), dtype=torch.int64, device=self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        return [row.tolist() for row in gathered]
+
+    def _global(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+
+def pack_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """Lay tensors of any dtypes end to end as bytes, each padded to 8 so that views stay aligned."""
+    flat = torch.zeros(packed_size(tensors), dtype=torch.uint8)
+    offset = 0
+    for tensor in tensors:
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat[offset : offset + raw.numel()] = raw
+        offset += _padded(raw.numel())
+    return flat
+
+
+def packed_size(tensors: Sequence[Tensor]) -> int:
+    return sum(_padded(tensor.numel() * tensor.element_size()) for tensor in tensors)
+
+
+def unpack_bytes(flat: Tensor, templates: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """Views of :func:`pack_bytes`' buffer as the given shapes and dtypes."""
+    found, offset = [], 0
+    for shape, dtype in templates:
+        count = math.prod(shape) * dtype.itemsize
+        found.append(flat[offset : offset + count].view(dtype).view(shape))
+        offset += _padded(count)
+    return found
+
+
+def template_size(templates: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes :func:`pack_bytes` takes for tensors of these shapes and dtypes."""
+    return sum(_padded(math.prod(shape) * dtype.itemsize) for shape, dtype in templates)
+
+
+def _padded(count: int) -> int:
+    return -(-count // 8) * 8
