@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
-from lightning_soo.refresh.jobs import Job, JobResult, run_job
+from lightning_soo.refresh.jobs import Job, JobResult, one_blas_thread, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class InlineExecutor:
         self._results: dict[Hashable, JobResult] = {}
 
     def submit(self, key: Hashable, job: Job) -> None:
-        self._results[key] = run_job(job)
+        with one_blas_thread:
+            self._results[key] = run_job(job)
 
     def result(self, key: Hashable) -> JobResult:
         return self._results.pop(key)
@@ -75,6 +76,7 @@ class ThreadExecutor:
             ]
             for thread in self._threads:
                 thread.start()
+        one_blas_thread.acquire()
         future: Future[JobResult] = Future()
         self._pending[key] = future, job
         self._queue.put((future, job))
@@ -90,8 +92,11 @@ class ThreadExecutor:
                 self._deadline,
             )
             return run_job(job)  # the same function at one BLAS thread: the same bits
+        finally:
+            one_blas_thread.release()
 
     def close(self) -> None:
+        unfinished = len(self._pending)
         for future, _ in self._pending.values():
             future.cancel()
         self._pending.clear()
@@ -100,6 +105,8 @@ class ThreadExecutor:
         for thread in self._threads:
             thread.join(timeout=self._deadline)
         self._threads = []
+        for _ in range(unfinished):
+            one_blas_thread.release()
 
 
 def _work(jobs: queue.SimpleQueue[tuple[Future[JobResult], Job] | None]) -> None:

@@ -6,10 +6,9 @@ with one BLAS thread: numpy's results depend on the number.
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 from lightning_soo.linalg.inverse_roots import InverseRootError, inverse_root
 
 Array = npt.NDArray[Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,39 +63,48 @@ FUNCTIONS: dict[str, Callable[..., tuple[tuple[Array, ...], dict[str, float]]]] 
 
 
 def run_job(job: Job) -> JobResult:
-    """Run a job with one BLAS thread. A numerical failure is a result, not an exception."""
+    """Run a job; the caller holds BLAS at one thread. A numerical failure is a result, not an exception."""
     start = time.perf_counter()
-    with one_blas_thread():
-        try:
-            arrays, diagnostics = FUNCTIONS[job.function](job.arrays, **job.options)
-        except (InverseRootError, np.linalg.LinAlgError, FloatingPointError) as error:
-            return JobResult(diagnostics={}, seconds=time.perf_counter() - start, error=str(error))
+    try:
+        arrays, diagnostics = FUNCTIONS[job.function](job.arrays, **job.options)
+    except (InverseRootError, np.linalg.LinAlgError, FloatingPointError) as error:
+        return JobResult(diagnostics={}, seconds=time.perf_counter() - start, error=str(error))
     return JobResult(arrays=arrays, diagnostics=diagnostics, seconds=time.perf_counter() - start)
 
 
-_lock = threading.Lock()
-_users = 0
-_controller: ThreadpoolController | None = None
-_limit: Any = None
+class OneBlasThread:
+    """Holds numpy's BLAS at one thread from the first :meth:`acquire` to the last :meth:`release`.
 
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Hold numpy's BLAS at one thread while any job runs, in whatever thread; put it back after the last one.
-
-    The setting is the process's, so users are counted: two jobs at once must not restore it under each other.
+    The setting is the process's, and threadpoolctl lets one thread alone change it (calls from others do nothing), so
+    the training thread sets it around jobs, never the thread that runs them. numpy used by others meanwhile is slower,
+    not wrong.
     """
-    global _users, _controller, _limit
-    with _lock:
-        if _users == 0:
-            if _controller is None:  # looks through the loaded libraries once: milliseconds
-                _controller = ThreadpoolController().select(user_api="blas")
-            _limit = _controller.limit(limits=1)
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _limit.restore_original_limits()
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._controller: ThreadpoolController | None = None
+        self._limit: Any = None
+
+    def acquire(self) -> None:
+        if self._users == 0:
+            if self._controller is None:  # looks through the loaded libraries once: milliseconds
+                self._controller = ThreadpoolController().select(user_api="blas")
+            self._limit = self._controller.limit(limits=1)
+            self._limit.__enter__()
+            if any(library["num_threads"] != 1 for library in self._controller.info()):
+                logger.warning("another thread controls numpy's BLAS threads: set OPENBLAS_NUM_THREADS=1")
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._limit.__exit__(None, None, None)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+one_blas_thread = OneBlasThread()
