@@ -310,6 +310,9 @@ class SecondOrderOptimizer(PlannedOptimizer):
         expected = {unit.key: unit.block.orders for unit in (self._plan or self._build_plan(ranks=1)).units}
         self._store.check(saved, expected)
         super().load_state_dict(state_dict)
+        groups = [group for group in self.param_groups for _ in group["params"]]  # torch replaced the dictionaries
+        for member, group in zip(self._members, groups, strict=False):
+            member.group = group
         self.steps, self.skipped_steps = int(saved["steps"]), int(saved["skipped_steps"])
         self._store.load(saved)
         if self._refresher is not None:

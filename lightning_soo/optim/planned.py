@@ -105,7 +105,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if engine not in (None, "ddp", "single"):
             raise ValueError(f"engine={engine!r}: choose 'ddp' or 'single'")
         if model is not None:
-            self._model = weakref.ref(model)
+            self.remember(model)
             process_group = process_group or getattr(model, "process_group", None)
         self._engine = engine or self._engine
         self._process_group = process_group or self._process_group
@@ -126,6 +126,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
         assert plan is not None
         self._install_plan(plan)
         return plan
+
+    def remember(self, model: nn.Module) -> None:
+        """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
+        self._model = weakref.ref(model)
 
     def _build_plan(self, ranks: int | None = None) -> Plan:
         options = self.options

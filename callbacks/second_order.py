@@ -1,0 +1,98 @@
+"""One callback that gives a Trainer second-order training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_soo.naming import nearest
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.takeover import METHODS, take_over
+
+
+class SecondOrder(pl.Callback):
+    """Takes over the AdamW, Adam or SGD that ``configure_optimizers`` returns; learning rate, decay, parameter groups
+    and schedulers stay as they are.
+
+    Args:
+        method: ``"shampoo"``.
+        options: options of the optimizer, see :class:`lightning_soo.Shampoo`.
+
+    Raises:
+        ValueError: unknown method or option, with the nearest name.
+    """
+
+    def __init__(self, method: str = "shampoo", **options: Any) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+        self.method = method
+        self.options = options
+        METHODS[method]([torch.nn.Parameter(torch.zeros(2, 2))], **options)  # refuses a bad option here and now
+        self._original: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" or self._original is not None:
+            return
+        original = pl_module.configure_optimizers
+        self._original = pl_module.__dict__.get("configure_optimizers")
+
+        def configure_optimizers() -> Any:
+            configured = original()
+            for optimizer in find_optimizers(configured):
+                take_over(optimizer, self.method, dict(self.options), pl_module)
+            return configured
+
+        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        self._wrapped = configure_optimizers
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = second_order_optimizers(trainer)
+        if not found:
+            raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
+        group = getattr(trainer.strategy.model, "process_group", None)
+        for optimizer in found:
+            optimizer.attach(pl_module, "ddp" if trainer.world_size > 1 else "single", group)
+            rank_zero_info(optimizer.plan_table())
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Gather what other ranks hold; Lightning calls this on every rank, after it asked for optimizer states."""
+        states = checkpoint.get("optimizer_states")
+        if states is None or trainer.world_size == 1:
+            return
+        for index, optimizer in enumerate(trainer.optimizers):
+            if isinstance(optimizer, SecondOrderOptimizer):
+                optimizer.consolidate(to=0)
+                states[index] = trainer.strategy.optimizer_state(optimizer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if pl_module.__dict__.get("configure_optimizers") is getattr(self, "_wrapped", None):
+            del pl_module.__dict__["configure_optimizers"]
+            if self._original is not None:
+                pl_module.__dict__["configure_optimizers"] = self._original
+        self._original = None
+        for optimizer in second_order_optimizers(trainer):
+            optimizer.close()
+
+
+def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
+    """The trainer's optimizers that are ours."""
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SecondOrderOptimizer)]
+
+
+def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
+    """Every optimizer in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(configured, torch.optim.Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from find_optimizers(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for item in configured:
+            yield from find_optimizers(item)

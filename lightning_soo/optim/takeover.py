@@ -1,0 +1,95 @@
+"""Turn a first-order optimizer into a preconditioned one in place, so that schedulers and references stay valid."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_soo.naming import nearest
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.shampoo import Shampoo
+
+METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo}
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# what the old optimizer says in its groups and the new one cannot do
+_REFUSED = ("amsgrad", "maximize", "differentiable")
+
+
+def take_over(
+    optimizer: torch.optim.Optimizer, method: str, options: dict[str, Any], model: nn.Module | None = None
+) -> SecondOrderOptimizer:
+    """Make ``optimizer`` (AdamW, Adam or SGD) a second-order one: the same object, groups, hyper-parameters and moments.
+
+    AdamW and Adam become the Adam graft; SGD becomes the SGD graft with its momentum after grafting. Options given
+    explicitly win over what is taken. Converting twice does nothing.
+
+    Raises:
+        TypeError: another optimizer, or a setting that has no counterpart.
+        ValueError: unknown method.
+    """
+    if isinstance(optimizer, SecondOrderOptimizer):
+        return optimizer
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+    kind = type(optimizer)
+    if kind not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        raise TypeError(
+            f"cannot take over {kind.__module__}.{kind.__qualname__}: torch.optim.AdamW, Adam and SGD can be; "
+            "construct lightning_soo.Shampoo yourself otherwise"
+        )
+    for number, group in enumerate(optimizer.param_groups):
+        for name in _REFUSED:
+            if group.get(name):
+                raise TypeError(f"cannot take over {kind.__name__} with {name}=True (parameter group {number})")
+    sgd = kind is torch.optim.SGD
+    first = optimizer.defaults
+    settings: dict[str, Any] = {"lr": first["lr"], "weight_decay": first["weight_decay"]}
+    if sgd:
+        settings |= {name: first[name] for name in ("momentum", "dampening", "nesterov")}
+        settings |= {"betas": (0.0, 0.999), "grafting": "sgd", "decoupled_weight_decay": False}
+    else:
+        decoupled = bool(first.get("decoupled_weight_decay", kind is torch.optim.AdamW))
+        settings |= {"betas": first["betas"], "eps": first["eps"], "decoupled_weight_decay": decoupled}
+    cls = METHODS[method]
+    groups, state = optimizer.param_groups, optimizer.state
+    explicit = {name: value for name, value in options.items() if name in settings}
+    for group in groups:
+        group.update(explicit)
+    # build a throw-away one first: an invalid option must leave the user's optimizer as it was
+    cls([dict(group) for group in groups], **{**settings, **options})
+    hooks = {name: getattr(optimizer, name) for name in _HOOKS if hasattr(optimizer, name)}
+    counted = vars(optimizer).pop("step", None)
+    optimizer.__class__ = cls
+    cls.__init__(optimizer, groups, **{**settings, **options})  # type: ignore[arg-type]
+    assert isinstance(optimizer, cls)
+    optimizer.state.update(state)
+    for name, value in hooks.items():
+        setattr(optimizer, name, value)
+    if counted is not None:
+        _count_steps(optimizer)
+    if model is not None:
+        optimizer.remember(model)
+    return optimizer
+
+
+def _count_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Learning-rate schedulers wrap ``step`` on the instance to see that it is called before them; do it again."""
+    function = type(optimizer).step
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return function(optimizer, *args, **kwargs)
+
+    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = wrapper  # type: ignore[method-assign]
