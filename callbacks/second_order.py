@@ -32,13 +32,12 @@ class SecondOrder(pl.Callback):
         self.method = method
         self.options = options
         METHODS[method]([torch.nn.Parameter(torch.zeros(2, 2))], **options)  # refuses a bad option here and now
-        self._original: Any = None
+        self._wrapped: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or self._original is not None:
-            return
         original = pl_module.configure_optimizers
-        self._original = pl_module.__dict__.get("configure_optimizers")
+        if stage != "fit" or hasattr(original, "second_order"):  # a second callback: one conversion
+            return
 
         def configure_optimizers() -> Any:
             configured = original()
@@ -46,8 +45,9 @@ class SecondOrder(pl.Callback):
                 take_over(optimizer, self.method, dict(self.options), pl_module)
             return configured
 
-        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        configure_optimizers.second_order = pl_module.__dict__.get("configure_optimizers")  # type: ignore[attr-defined]
         self._wrapped = configure_optimizers
+        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = second_order_optimizers(trainer)
@@ -73,11 +73,11 @@ class SecondOrder(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if pl_module.__dict__.get("configure_optimizers") is getattr(self, "_wrapped", None):
+        if self._wrapped is not None and pl_module.__dict__.get("configure_optimizers") is self._wrapped:
             del pl_module.__dict__["configure_optimizers"]
-            if self._original is not None:
-                pl_module.__dict__["configure_optimizers"] = self._original
-        self._original = None
+            if self._wrapped.second_order is not None:  # the user had set it on the instance
+                pl_module.__dict__["configure_optimizers"] = self._wrapped.second_order
+        self._wrapped = None
         for optimizer in second_order_optimizers(trainer):
             optimizer.close()
 
