@@ -16,7 +16,8 @@ _SAFE = (1e-30, 1e37)
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum of squares as a float64 scalar on the tensor's device. 1e+20 does not overflow, 1e-20 does not vanish."""
     if tensor.device.type != "cpu" or tensor.dtype == torch.float64:
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+        return norm.square()
     values = tensor.float()
     if values.is_contiguous() and values.numel() <= _DOT_ELEMENTS:
         flat = values.view(-1)
@@ -25,7 +26,8 @@ def squared_norm(tensor: Tensor) -> Tensor:
         total = values.square().sum()
     if _SAFE[0] < float(total) < _SAFE[1]:
         return total.to(torch.float64)
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
 
 
 def largest_magnitude(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._reset_runtime()
         super().__init__(list(model.named_parameters()) if model is not None else params, defaults)
         if model is not None:
-            self._model = weakref.ref(model)
+            self.remember(model)
 
     def _reset_runtime(self) -> None:
         """What a copy or a pickle does not carry: process groups, threads, the plan built from them."""
