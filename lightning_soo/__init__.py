@@ -6,5 +6,4 @@ from lightning_soo.optim.shampoo import Shampoo
 from lightning_soo.refresh.workers import WorkerOptions
 from lightning_soo.transport.agreement import AgreementError
 
-
 __all__ = ["AgreementError", "RefreshError", "Shampoo", "WorkerOptions", "__version__"]

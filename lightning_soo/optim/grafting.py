@@ -97,4 +97,3 @@ def update(
     torch.div(filtered, out.add_(eps), out=out)
     out.mul_(correction * scale)
     return filtered, correction
-

@@ -51,7 +51,6 @@ class Member:
 class PlannedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters are laid out by a plan."""
 
-
     options: ShampooOptions
     method = "second-order"
 
@@ -78,7 +77,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._store = BlockStore()
         self.steps = 0
         self.skipped_steps = 0
-
 
     def attach(
         self,

@@ -28,7 +28,7 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 def take_over(
     optimizer: torch.optim.Optimizer, method: str, options: dict[str, Any], model: nn.Module | None = None
 ) -> SecondOrderOptimizer:
-    """Make ``optimizer`` (AdamW, Adam or SGD) a second-order one: the same object, groups, hyper-parameters and moments.
+    """Make ``optimizer`` (AdamW, Adam or SGD) a second-order one: the same object, groups, settings and moments.
 
     AdamW and Adam become the Adam graft; SGD becomes the SGD graft with its momentum after grafting. Options given
     explicitly win over what is taken. Converting twice does nothing.

@@ -69,9 +69,7 @@ class ThreadExecutor:
         if not self._threads:
             self._queue = queue.SimpleQueue()
             self._threads = [
-                threading.Thread(
-                    target=_work, args=(self._queue,), name=f"lightning_soo refresh {number}", daemon=True
-                )
+                threading.Thread(target=_work, args=(self._queue,), name=f"lightning_soo refresh {number}", daemon=True)
                 for number in range(self._count)
             ]
             for thread in self._threads:

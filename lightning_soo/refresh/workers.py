@@ -54,9 +54,7 @@ class WorkerOptions:
         return cls(**value)
 
 
-def make_executor(
-    options: WorkerOptions, *, refresh_milliseconds: float, refresh_delay: int
-) -> tuple[Executor, str]:
+def make_executor(options: WorkerOptions, *, refresh_milliseconds: float, refresh_delay: int) -> tuple[Executor, str]:
     """Return the executor and the reason in words.
 
     Args:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import worker_ddp  # noqa: E402
+import worker_ddp
 
 
 def one_process() -> list[torch.Tensor]:

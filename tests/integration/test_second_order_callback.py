@@ -10,11 +10,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import Shampoo
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 OPTIONS: dict[str, Any] = {"precondition_frequency": 4, "start_preconditioning_step": 2, "refresh_delay": 2}
 
@@ -46,9 +46,7 @@ class Model(L.LightningModule):
         optimizer = kinds[self.kind](self.parameters())
         if not self.scheduler:
             return optimizer
-        return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "interval": "step"}
-        ]
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "interval": "step"}]
 
 
 def data() -> DataLoader[Any]:
@@ -84,7 +82,12 @@ def test_the_graft_alone_is_the_users_optimizer(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.parametrize(
     ("precision", "clip", "scheduler", "accumulate"),
-    [("32-true", None, True, 1), ("32-true", 0.1, False, 2), ("bf16-mixed", 0.1, True, 1), ("bf16-mixed", None, False, 2)],
+    [
+        ("32-true", None, True, 1),
+        ("32-true", 0.1, False, 2),
+        ("bf16-mixed", 0.1, True, 1),
+        ("bf16-mixed", None, False, 2),
+    ],
 )
 def test_same_as_the_plain_optimizer_in_a_loop(
     tmp_path: Path, precision: Any, clip: float | None, scheduler: bool, accumulate: int

@@ -71,7 +71,7 @@ def test_overrides() -> None:
     none = Override.from_mapping({"match": "Linear", "method": "none"})
     plan = build_plan(specs, BlockRules(), overrides=[none])
     assert [bool(p.units) for p in plan.parameters] == [True, False]
-    with pytest.raises(ValueError, match="did you mean 'lm_head.weight'"):
+    with pytest.raises(ValueError, match=r"did you mean 'lm_head\.weight'"):
         build_plan(specs, BlockRules(), overrides=[Override.from_mapping({"match": "lm_heat.weight"})])
     with pytest.raises(ValueError, match="max_preconditioner_dim"):
         Override.from_mapping({"match": "x", "max_preconditioner_dims": 3})

@@ -40,9 +40,7 @@ def test_golden_trajectory(name: str, config: str, workers: str) -> None:
     initial, gradients = problem.PROBLEMS[name]
     parameters = [torch.nn.Parameter(torch.from_numpy(np.array(value))) for value in initial()]
     optimizer = Shampoo(parameters, **COMMON, **CONFIGS[config], workers=workers)
-    reference = [
-        np.load(GOLDEN / "shampoo.npz")[f"{name}/{config}/p{index}"] for index in range(len(parameters))
-    ]
+    reference = [np.load(GOLDEN / "shampoo.npz")[f"{name}/{config}/p{index}"] for index in range(len(parameters))]
     movement = max(np.abs(r[-1] - r[0]).max() for r in reference)
     for step in range(problem.STEPS):
         values = [p.detach().numpy() for p in parameters]
