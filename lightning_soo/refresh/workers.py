@@ -54,14 +54,17 @@ class WorkerOptions:
         return cls(**value)
 
 
-def make_executor(options: WorkerOptions, *, refresh_milliseconds: float, refresh_delay: int) -> tuple[Executor, str]:
+def make_executor(
+    options: WorkerOptions, *, refresh_milliseconds: float, refresh_delay: int, ranks_on_this_machine: int
+) -> tuple[Executor, str]:
     """Return the executor and the reason in words.
 
     Args:
         refresh_milliseconds: the estimated time of one refresh of every block this rank owns.
         refresh_delay: with 0 the step waits for the result anyway.
+        ranks_on_this_machine: they share its cores.
     """
-    cores = cores_of_this_process()
+    cores = max(1, cores_of_this_process() // ranks_on_this_machine)
     count = options.count or (cores if refresh_delay == 0 else 1)
     threads = f"{count} thread{'s' * (count > 1)}"
     if options.kind == "inline":
@@ -70,15 +73,14 @@ def make_executor(options: WorkerOptions, *, refresh_milliseconds: float, refres
         return ThreadExecutor(count, options.deadline), f"{threads} (chosen)"
     if refresh_milliseconds < 2.0:
         return InlineExecutor(), f"inline: a refresh of every block takes about {refresh_milliseconds:.1f} ms"
-    cost = f"{cores} cores; a refresh of every block takes about {refresh_milliseconds:.0f} ms"
+    cost = f"{cores} core{'s' * (cores > 1)} to a rank; a refresh of every block takes about {refresh_milliseconds:.0f} ms"
     if refresh_delay > 0:
         return ThreadExecutor(count, options.deadline), f"{threads} in the background ({cost})"
     if count == 1:
-        return InlineExecutor(), f"inline: refresh_delay=0 and one core ({cost})"
+        return InlineExecutor(), f"inline: refresh_delay=0 ({cost})"
     return ThreadExecutor(count, options.deadline), f"{threads} while the step waits, refresh_delay=0 ({cost})"
 
 
 def cores_of_this_process() -> int:
-    """Cores this process may use, divided by the ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

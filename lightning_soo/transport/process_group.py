@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +95,11 @@ class Transport:
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(gathered, mine, group=self._group)
         return [row.tolist() for row in gathered]
+
+    def ranks_on_this_machine(self) -> int:
+        """How many ranks share this machine's cores; launchers do not all say it in the environment."""
+        machine = int.from_bytes(hashlib.sha256(platform.node().encode()).digest()[:7], "big")
+        return self.all_gather_integers([machine]).count([machine])
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)

@@ -46,7 +46,7 @@ class Record(L.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        losses = pl_module.all_gather(torch.stack(self.losses)).reshape(-1, len(self.losses)).mean(0).tolist()
+        losses = trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean").tolist()
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("w", newline="") as file:
@@ -92,6 +92,9 @@ def main() -> None:
         with torch.no_grad():
             shown = images[:12]
             torch.save({"input": shown, "output": torch.sigmoid(model(shown))}, arguments.results / f"{name}_digits.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
