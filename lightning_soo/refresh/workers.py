@@ -73,7 +73,8 @@ def make_executor(
         return ThreadExecutor(count, options.deadline), f"{threads} (chosen)"
     if refresh_milliseconds < 2.0:
         return InlineExecutor(), f"inline: a refresh of every block takes about {refresh_milliseconds:.1f} ms"
-    cost = f"{cores} core{'s' * (cores > 1)} to a rank; a refresh of every block takes about {refresh_milliseconds:.0f} ms"
+    share = f"{cores} core{'s' * (cores > 1)} to a rank"
+    cost = f"{share}; a refresh of every block takes about {refresh_milliseconds:.0f} ms"
     if refresh_delay > 0:
         return ThreadExecutor(count, options.deadline), f"{threads} in the background ({cost})"
     if count == 1:
