@@ -1,0 +1,152 @@
+"""What a training step costs: AdamW, lightning_soo, installed peers, and the bound.
+
+python benchmarks/step_time.py [--repeats 5] [--tasks autoencoder-250 autoencoder-1000 gpt] [--output FILE]
+
+Contenders take turns, one refresh cycle each, so that a slow minute of the machine hits all of them; ratios are taken
+within a turn. Peers take part where installed: pip install heavyball pytorch_optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from contenders import Contender, contenders
+from measure import eigh_seconds, gemm_rate, machine, memory_rate, spread
+from tasks import Task, autoencoder, digits, small_gpt
+
+from lightning_soo import Shampoo
+
+TASKS = {
+    "autoencoder-250": lambda: autoencoder(250, digits()),
+    "autoencoder-1000": lambda: autoencoder(1000, digits()),
+    "gpt": small_gpt,
+}
+
+
+class Runner:
+    """One contender on one task."""
+
+    def __init__(self, task: Task, contender: Contender) -> None:
+        self.task, self.contender = task, contender
+        self.net = task.model()
+        self.optimizer = contender.make(self.net, 1e-4)
+        self.step = 0
+        self.whole: list[float] = []  # milliseconds a step, one entry a turn
+        self.optimizing: list[float] = []
+
+    def turn(self, steps: int, keep: bool = True) -> None:
+        batches = [self.task.batch(self.step + index) for index in range(steps)]
+        optimizing, start = 0.0, time.perf_counter()
+        for batch in batches:
+            self.task.loss(self.net, batch).backward()
+            before = time.perf_counter()
+            self.optimizer.step()
+            optimizing += time.perf_counter() - before
+            self.optimizer.zero_grad()
+        if isinstance(self.optimizer, Shampoo):
+            self.optimizer.close()  # roots still being computed belong to this turn
+        whole = time.perf_counter() - start
+        self.step += steps
+        if keep:
+            self.whole.append(1000 * whole / steps)
+            self.optimizing.append(1000 * optimizing / steps)
+
+    def warm_up(self) -> None:
+        """Past the first cycle, until every root is in use."""
+        for _ in range(2 if self.contender.ours is None else 3):
+            self.turn(self.contender.cycle, keep=False)
+
+    def bound(self, rates: dict[str, float]) -> float:
+        """Milliseconds a step that flops and bytes allow: what no implementation of this method can beat here.
+
+        Model: task.flops at the float32 rate. Optimizer: 7 passes over the parameters (read parameter, gradient and
+        two moments, write three). Preconditioning an m x n block: 2mn(m + n) flops; its statistics, of which symmetry
+        allows half: mn(m + n) each time; its roots: an eigendecomposition of each side, scaled by n^3 from n = 1000.
+        """
+        numel = sum(parameter.numel() for parameter in self.net.parameters())
+        seconds = self.task.flops / rates["float32"] + 7 * 4 * numel / rates["memory"]
+        if isinstance(self.optimizer, Shampoo):
+            options = self.optimizer.options
+            dtype = str(options.compute_dtype or torch.float32).removeprefix("torch.")
+            for unit in self.optimizer.attach().units:
+                dims = unit.block.orders
+                flops = sum(dims) * math.prod(unit.block.shape)
+                seconds += 2 * flops / rates[dtype]
+                seconds += flops / rates[dtype] / options.statistics_frequency
+                roots = sum((order / 1000) ** 3 for order in dims) * rates["eigh"]
+                seconds += roots / options.precondition_frequency
+        return 1000 * seconds
+
+
+def measure(task: Task, rates: dict[str, float], repeats: int) -> list[str]:
+    runners = [Runner(task, contender) for contender in contenders()]
+    for runner in runners:
+        runner.warm_up()
+    for turn in range(repeats):
+        for runner in runners:
+            if sys.stderr.isatty():
+                print(
+                    f"\r{task.name}: turn {turn + 1} of {repeats}, {runner.contender.name:50}", end="", file=sys.stderr
+                )
+            runner.turn(runner.contender.cycle)
+    first = runners[0]
+    lines = [
+        f"## {task.name}",
+        "",
+        "| | ms/step | whole step / AdamW foreach | optimizer step / AdamW foreach | bound, ms | measured / bound |",
+        "|---|---|---|---|---|---|",
+    ]
+    for runner in runners:
+        whole = [a / b for a, b in zip(runner.whole, first.whole, strict=True)]
+        optimizing = [a / b for a, b in zip(runner.optimizing, first.optimizing, strict=True)]
+        median = sorted(runner.whole)[len(runner.whole) // 2]
+        has_bound = runner.contender.ours is not None or runner.contender.name.startswith("AdamW")
+        bound = runner.bound(rates) if has_bound else 0.0
+        lines.append(
+            f"| {runner.contender.name} | {median:.1f} | {spread(whole)} | {spread(optimizing)} | "
+            + (f"{bound:.1f} | {median / bound:.2f} |" if has_bound else "| |")
+        )
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--threads", type=int, help="torch threads; as torch decides by default")
+    parser.add_argument("--output", type=Path, help="also write the tables here")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rates = {
+        "float32": gemm_rate(torch.float32),
+        "bfloat16": gemm_rate(torch.bfloat16),
+        "memory": memory_rate(),
+        "eigh": eigh_seconds(),
+    }
+    lines = [
+        "# Step time",
+        "",
+        f"{machine()}.",
+        f"Rates: float32 product {rates['float32'] / 1e9:.0f} Gflop/s, bfloat16 {rates['bfloat16'] / 1e9:.0f} Gflop/s, "
+        f"copy {rates['memory'] / 1e9:.0f} GB/s, float64 eigh of order 1000 {rates['eigh'] * 1000:.0f} ms.",
+        f"Median [smallest, largest] of {arguments.repeats} turns; a turn is one refresh cycle, refreshes counted.",
+        "",
+    ]
+    print("\n".join(lines))
+    for name in arguments.tasks:
+        found = measure(TASKS[name](), rates, arguments.repeats)
+        print("\n".join(found), flush=True)
+        lines += found
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The models that are measured, with the flops of one training step."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "autoencoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Attributes:
+    model: makes the same model every time.
+    batch: makes the inputs of step number ``n``.
+    loss: of a model on such inputs.
+    flops: of one forward and backward pass (2 flops a multiply-add, 3 products for each weight).
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], Tensor]
+    loss: Callable[[nn.Module, Tensor], Tensor]
+    flops: float
+
+
+def digits() -> Tensor:
+    return _recipe("data").mnist_5k()
+
+
+def autoencoder(batch_size: int, images: Tensor) -> Task:
+    """784-1000-500-250-30-250-500-1000-784 on MNIST digits, the loss summed over pixels."""
+    module = _recipe("model")
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return module.Autoencoder(lr=0.0, steps=1).net
+
+    per_epoch = len(images) // batch_size
+
+    def batch(step: int) -> Tensor:
+        epoch, index = divmod(step, per_epoch)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1 + epoch))
+        return images[order[index * batch_size : (index + 1) * batch_size]]
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(net(x), x, reduction="sum") / len(x)
+
+    weights = sum(a * b for a, b in zip(module.WIDTHS, module.WIDTHS[1:], strict=False))
+    return Task(
+        name=f"autoencoder, batch {batch_size}", model=model, batch=batch, loss=loss, flops=6.0 * batch_size * weights
+    )
+
+
+class SmallGPT(nn.Module):
+    def __init__(self, vocabulary: int = 4096, width: int = 384, layers: int = 6, context: int = 128) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(context, width))
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.token(tokens) + self.position
+        return self.head(self.layers(hidden, mask=self.mask, is_causal=True))
+
+
+def small_gpt(batch_size: int = 8, context: int = 128, vocabulary: int = 4096) -> Task:
+    """6 layers, d 384, vocabulary 4096; random tokens, since only time is measured."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return SmallGPT(vocabulary, context=context)
+
+    def batch(step: int) -> Tensor:
+        return torch.randint(
+            0, vocabulary, (batch_size, context + 1), generator=torch.Generator().manual_seed(1 + step % 8)
+        )
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(net(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    tokens, width = batch_size * context, 384
+    dense = 6 * 12 * width * width + vocabulary * width
+    attention = 6 * 2 * context * width  # scores and values
+    return Task(
+        name=f"GPT 6 x 384, vocabulary {vocabulary}, {batch_size} x {context} tokens",
+        model=model,
+        batch=batch,
+        loss=loss,
+        flops=6.0 * tokens * (dense + attention),
+    )
+
+
+def _recipe(name: str):  # noqa: ANN202 - a module
+    spec = importlib.util.spec_from_file_location(f"autoencoder_{name}", RECIPE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
