@@ -102,7 +102,7 @@ def small_gpt(batch_size: int = 8, context: int = 128, vocabulary: int = 4096) -
     )
 
 
-def _recipe(name: str):  # noqa: ANN202 - a module
+def _recipe(name: str):
     spec = importlib.util.spec_from_file_location(f"autoencoder_{name}", RECIPE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

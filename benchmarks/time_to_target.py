@@ -153,7 +153,7 @@ def main() -> None:
         "# Time to AdamW's final loss: autoencoder, batch 250",
         "",
         f"{machine()}.",
-        f"Target: {target:.1f}, where AdamW's best run of {LONGEST} steps ends. Seconds and losses: three seeds in turns.",
+        f"Target: {target:.1f}, where AdamW's best run of {LONGEST} steps ends. Three seeds in turns.",
         "",
         "| | best lr | steps | loss there | seconds | AdamW foreach's seconds / its own | loss after 400 steps (lr) |",
         "|---|---|---|---|---|---|---|",
