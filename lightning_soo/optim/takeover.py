@@ -21,6 +21,12 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+# promises of fused and capturable kernels on the instance; GradScaler would leave unscaling to us
+_PROMISES = (
+    "_step_supports_amp_scaling",
+    "_need_device_dtype_check_for_fused",
+    "_warned_capturable_if_run_uncaptured",
+)
 # what the old optimizer says in its groups and the new one cannot do
 _REFUSED = ("amsgrad", "maximize", "differentiable")
 
@@ -69,6 +75,8 @@ def take_over(
     cls([dict(group) for group in groups], **{**settings, **options})
     hooks = {name: getattr(optimizer, name) for name in _HOOKS if hasattr(optimizer, name)}
     counted = vars(optimizer).pop("step", None)
+    for name in _PROMISES:
+        vars(optimizer).pop(name, None)
     optimizer.__class__ = cls
     cls.__init__(optimizer, groups, **{**settings, **options})  # type: ignore[arg-type]
     assert isinstance(optimizer, cls)

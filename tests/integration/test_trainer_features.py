@@ -29,9 +29,9 @@ def make_net() -> nn.Module:
 
 
 class Model(L.LightningModule):
-    def __init__(self, lr: float = LR) -> None:
+    def __init__(self, lr: float = LR, fused: bool = False) -> None:
         super().__init__()
-        self.net, self.lr = make_net(), lr
+        self.net, self.lr, self.fused = make_net(), lr, fused
         self.validations = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ class Model(L.LightningModule):
         self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1, fused=self.fused)
 
 
 def data() -> DataLoader[Any]:
@@ -85,10 +85,11 @@ def assert_same(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
         torch.testing.assert_close(x, y, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gradient_scaler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaler(tmp_path: Path, fused: bool) -> None:
     """float16 with a loss scale that overflows at first: those steps are skipped by the scaler, nothing is lost."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
-    model = Model()
+    model = Model(fused=fused)
     run = trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=0.5, max_epochs=6)
     run.fit(model, data())
 

@@ -1,4 +1,4 @@
-"""Shampoo of one matrix as the formulas say it: numpy, float64, everything spelt out, nothing shared with the package."""
+"""Shampoo of one matrix as the formulas say it: numpy, float64, all spelt out, nothing shared with the package."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_every_block_is_refreshed_once_an_interval(
     )
     steps = [step for step in range(1, start + 6 * frequency) if schedule.refreshes("a", step)]
     assert steps[0] == start
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(steps)]
     assert all(gap == frequency for gap in gaps[1:])
     assert not gaps or ((gaps[0] >= frequency / 2 or offset % frequency == 0) and gaps[0] < 2 * frequency)
     for step in steps:
