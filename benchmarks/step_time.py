@@ -66,7 +66,8 @@ class Runner:
 
         Model: task.flops at the float32 rate. Optimizer: 7 passes over the parameters (read parameter, gradient and
         two moments, write three). Preconditioning an m x n block: 2mn(m + n) flops; its statistics, of which symmetry
-        allows half: mn(m + n) each time, in float32; its roots: an eigendecomposition of each side, scaled by n^3 from n = 1000.
+        allows half: mn(m + n) each time, in float32; its roots: an eigendecomposition of each side, scaled by n^3
+        from n = 1000.
         """
         numel = sum(parameter.numel() for parameter in self.net.parameters())
         seconds = self.task.flops / rates["float32"] + 7 * 4 * numel / rates["memory"]
