@@ -9,7 +9,9 @@ from lightning_soo.callbacks.second_order import second_order_optimizers
 
 
 class PreconditionerMonitor(pl.Callback):
-    """Logs condition number, root residual, staleness, refresh seconds, graft ratio and the preconditioned share.
+    """Logs condition number, root residual, staleness, refresh and waiting seconds, refreshes in flight, restarts of
+    workers, graft ratio and the preconditioned share. The progress bar shows ``refresh_wait`` (seconds since the last
+    record), and only after training had to wait for a refresh that was to be ready.
 
     Args:
         every_n_steps: optimizer steps between two records; None is the Trainer's ``log_every_n_steps``.
@@ -21,6 +23,7 @@ class PreconditionerMonitor(pl.Callback):
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
         self.prefix = prefix
+        self._waited, self._shown = 0.0, False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -34,3 +37,7 @@ class PreconditionerMonitor(pl.Callback):
             figures = {f"{self.prefix}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
+        waited = sum(optimizer.diagnostics().get("refresh_wait_seconds", 0.0) for optimizer in optimizers)
+        if waited > self._waited + 0.01 or self._shown:
+            pl_module.log("refresh_wait", waited - self._waited, prog_bar=True, logger=False)
+            self._shown, self._waited = True, waited

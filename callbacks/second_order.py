@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils._pytree import tree_iter
+from torch.utils.data import DataLoader
 
 from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
@@ -55,6 +57,7 @@ class SecondOrder(pl.Callback):
             raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
         group = getattr(trainer.strategy.model, "process_group", None)
         for optimizer in found:
+            optimizer.data_workers = data_workers(trainer)
             optimizer.attach(pl_module, "ddp" if trainer.world_size > 1 else "single", group)
             rank_zero_info(optimizer.plan_table())
 
@@ -85,6 +88,12 @@ class SecondOrder(pl.Callback):
 def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
     """The trainer's optimizers that are ours."""
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SecondOrderOptimizer)]
+
+
+def data_workers(trainer: pl.Trainer) -> int:
+    """Data loading processes of this rank, as far as is known before the first batch: of a loader given to ``fit``."""
+    loaders = getattr(trainer.fit_loop._data_source, "instance", None)
+    return sum(loader.num_workers for loader in tree_iter(loaders) if isinstance(loader, DataLoader))
 
 
 def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:

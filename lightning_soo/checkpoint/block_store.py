@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,15 +60,9 @@ class BlockStore:
         flights = []
         for flight in self._refresher.in_flight if self._refresher is not None else ():
             row: dict[str, Any] = {"key": flight.key, "started": flight.started, "swap": flight.swap}
-            if flight.delivered is not None:
-                outcome = flight.delivered
-                row["outcome"] = {
-                    "roots": outcome.roots,
-                    "condition_number": outcome.condition_number,
-                    "residual": outcome.residual,
-                    "seconds": outcome.seconds,
-                    "error": outcome.error,
-                }
+            outcome = flight.known
+            if outcome is not None:
+                row["outcome"] = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
             flights.append(row)
         return {"blocks": blocks, "in_flight": flights}
 

@@ -200,3 +200,15 @@ def _largest_eigenvalue(a: Matrix, iterations: int = 100) -> float:
         if abs(value - previous) <= 1e-12 * value:
             break
     return value
+
+
+def inverse_roots(
+    arrays: tuple[npt.NDArray[np.floating], ...], *, divisor: float, exponent: float, eps: float, relative_eps: bool
+) -> tuple[tuple[Matrix, ...], dict[str, float]]:
+    """``(A / divisor + ridge I)^(-1/exponent)`` of every array, as a refresh job (see ``refresh/jobs.py``)."""
+    scaled = [np.asarray(array, np.float64) / divisor for array in arrays]
+    found = [inverse_root(matrix, exponent, eps=eps, relative_eps=relative_eps) for matrix in scaled]
+    return tuple(f.root for f in found), {
+        "condition_number": max(f.condition_number for f in found),
+        "residual": max(f.residual for f in found),
+    }

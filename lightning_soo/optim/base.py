@@ -249,6 +249,9 @@ class SecondOrderOptimizer(PlannedOptimizer):
                 "condition_number": max(block.diagnostics["condition_number"] for block in blocks),
                 "root_residual": max(block.diagnostics["residual"] for block in blocks),
                 "refresh_seconds": sum(block.diagnostics["seconds"] for block in blocks),
+                "refresh_wait_seconds": max(block.diagnostics.get("waited", 0.0) for block in blocks),
+                "worker_restarts": max(block.diagnostics.get("restarts", 0.0) for block in blocks),
+                "refreshes_in_flight": float(len(self._refresher.in_flight)) if self._refresher else 0.0,
                 "staleness": self.steps - min(block.diagnostics["started"] for block in blocks),
             }
         return figures

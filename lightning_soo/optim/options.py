@@ -11,6 +11,7 @@ import torch
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import MERGE_DIMS, BlockRules
 from lightning_soo.placement.overrides import Override
+from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
@@ -36,7 +37,7 @@ class ShampooOptions:
     preconditioner_eps: float = 1e-6
     relative_eps: bool = True
     use_bias_correction: bool = True
-    precondition_frequency: int = 20
+    precondition_frequency: Interval = field(default_factory=lambda: Interval.parse(20))
     refresh_delay: int | None = None
     stagger: bool = True
     gather_frequency: int | None = None
@@ -62,6 +63,7 @@ class ShampooOptions:
         overrides: Sequence[Mapping[str, Any]] | None,
         workers: str | WorkerOptions | Mapping[str, Any],
         compute_dtype: torch.dtype | str | None,
+        precondition_frequency: int | Interval | Mapping[str, Any],
         **options: Any,
     ) -> ShampooOptions:
         """Build from what a user or a configuration file writes: plain values, dtypes by name."""
@@ -69,11 +71,12 @@ class ShampooOptions:
             overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
             workers=WorkerOptions.parse(workers),
             compute_dtype=parse_dtype(compute_dtype),
+            precondition_frequency=Interval.parse(precondition_frequency),
             **options,
         )
 
     def __post_init__(self) -> None:
-        for name in ("precondition_frequency", "statistics_frequency", "max_preconditioner_dim"):
+        for name in ("statistics_frequency", "max_preconditioner_dim"):
             _require(name, getattr(self, name), minimum=1)
         for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above"):
             _require(name, getattr(self, name), minimum=1, optional=True)
@@ -91,14 +94,9 @@ class ShampooOptions:
             raise ValueError(f"grafting={self.grafting!r}{nearest(str(self.grafting), GRAFTS)} (or None)")
 
     @property
-    def delay(self) -> int:
-        """``refresh_delay`` with its default, the interval."""
-        return self.precondition_frequency if self.refresh_delay is None else self.refresh_delay
-
-    @property
     def start(self) -> int:
-        """``start_preconditioning_step`` with its default, the interval."""
-        return self.start_preconditioning_step or self.precondition_frequency
+        """``start_preconditioning_step`` with its default, the (first) interval."""
+        return self.start_preconditioning_step or self.precondition_frequency.first
 
     @property
     def block_rules(self) -> BlockRules:

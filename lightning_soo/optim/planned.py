@@ -21,7 +21,7 @@ from lightning_soo.placement.plan import Plan, PlannedParameter, build_plan
 from lightning_soo.placement.table import plan_table
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
-from lightning_soo.refresh.workers import make_executor
+from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree
 
 
@@ -53,6 +53,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     options: ShampooOptions
     method = "second-order"
+    data_workers = 0  # data loading processes of this rank, which front doors know: their cores are not spare
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: ShampooOptions) -> None:
         model = params if isinstance(params, nn.Module) else None
@@ -140,7 +141,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             options.block_rules,
             overrides=options.overrides,
             ranks=self._transport.size if ranks is None else ranks,
-            precondition_frequency=options.precondition_frequency,
+            precondition_frequency=options.precondition_frequency.max,
             statistics_frequency=options.statistics_frequency,
             previous={unit.key: unit.refresher for unit in self._plan.units} if self._plan and ranks is None else None,
         )
@@ -175,21 +176,27 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 grafting.initialise(self.state[parameter], parameter, options.grafting, group)
         mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
         if self._refresher is None:
+            on_cpu = any(parameter.device.type == "cpu" for parameter, _ in parameters)
+            machine = Machine(
+                ranks=transport.ranks_on_this_machine(),
+                trainer_cores=torch.get_num_threads() if on_cpu else 1,
+                data_workers=self.data_workers,
+            )
             executor, self._executor_reason = make_executor(
                 options.workers,
+                machine,
                 refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
-                refresh_delay=options.delay,
-                ranks_on_this_machine=transport.ranks_on_this_machine(),
+                refresh_delay=options.refresh_delay,
             )
         else:
             executor = self._refresher.executor
         schedule = RefreshSchedule(
-            frequency=options.precondition_frequency,
-            delay=options.delay,
+            interval=options.precondition_frequency,
+            delay=options.refresh_delay,
             start=options.start,
             gather=options.gather_frequency or 1,
             statistics=options.statistics_frequency,
-            offsets=stagger_offsets([unit.block for unit in plan.units], options.precondition_frequency)
+            offsets=stagger_offsets([unit.block for unit in plan.units], options.precondition_frequency.max)
             if options.stagger
             else {},
         )
@@ -203,7 +210,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             max_failures=options.workers.max_failures,
         )
         if self._refresher is not None:
-            refresher.in_flight = [entry for entry in self._refresher.in_flight if entry.key in blocks]
+            self._refresher.hand_over(refresher)
         self._plan, self._members, self._refresher = plan, members, refresher
         self._signature = self._current_signature()
         self._store.install(blocks, refresher)

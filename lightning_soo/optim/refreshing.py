@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lightning_soo.optim.outcomes import Outcome, message_size, pack, unpack
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.executors import Executor
-from lightning_soo.refresh.jobs import Job, JobResult
+from lightning_soo.refresh.jobs import Job
 from lightning_soo.refresh.schedule import RefreshSchedule
-from lightning_soo.transport import Transport, pack_bytes, template_size, unpack_bytes
+from lightning_soo.transport import Pending, Transport, pack_bytes
 
 logger = logging.getLogger(__name__)
-# ok, condition number, residual, seconds
-_HEADER = ((4,), torch.float64)
+# results waited for, one after the other, before a warning
+_LATE_IN_A_ROW = 5
 
 
 class RefreshError(RuntimeError):
@@ -31,24 +32,20 @@ class InFlight:
     """A refresh between its start and its swap; the same list on every rank.
 
     Attributes:
-        delivered: the outcome, where it is already known: drained for a checkpoint, or restored from one.
+        own: the refresher's outcome, once it has asked for it; always None on other ranks.
+        delivered: the outcome, once every rank has it: received, or restored from a checkpoint.
     """
 
     key: str
     started: int
     swap: int
+    own: Outcome | None = None
     delivered: Outcome | None = None
 
-
-@dataclass(kw_only=True)
-class Outcome:
-    """A finished refresh as every rank sees it; no ``roots`` where it failed."""
-
-    roots: list[Tensor] | None
-    condition_number: float
-    residual: float
-    seconds: float
-    error: str = ""
+    @property
+    def known(self) -> Outcome | None:
+        """The outcome as far as this rank has it."""
+        return self.delivered or self.own
 
 
 class Refresher:
@@ -73,13 +70,17 @@ class Refresher:
         self.device_of = device_of
         self._max_failures = max_failures
         self.in_flight: list[InFlight] = []
+        self._gathering: tuple[list[InFlight], Pending] | None = None
+        self._late, self._said = 0, False
+        self.waited = 0.0  # seconds the training thread has waited for results that were to be ready
 
     def advance(self, step: int, make_job: Callable[[KroneckerBlock], Job]) -> None:
-        """Start the refreshes of this step, then swap in those whose time has come.
+        """Start the refreshes of this step, swap in those whose time has come, send those of the next step.
 
         Raises:
             RefreshError: on every rank, after too many failures of one block.
         """
+        self.executor.poll()
         for key, owner in self._owners.items():
             block = self._blocks[key]
             if not self.schedule.refreshes(key, step) or block.observations == block.refreshed_observations:
@@ -88,82 +89,106 @@ class Refresher:
             self.in_flight.append(InFlight(key=key, started=step, swap=self.schedule.swap_step(step)))
             if owner == self._transport.rank:
                 self.executor.submit((key, step), make_job(block))
+        self._finish_gather()
         due = [entry for entry in self.in_flight if entry.swap <= step]
         if due:
+            self._start_gather([entry for entry in due if entry.delivered is None])
+            self._finish_gather()
             self.in_flight = [entry for entry in self.in_flight if entry.swap > step]
-            for entry, outcome in zip(due, self._gather(due), strict=True):
-                self._install(entry, outcome)
+            for entry in due:
+                assert entry.delivered is not None
+                self._install(entry, entry.delivered)
+        # a transfer of roots overlaps the next forward and backward pass, unless that would leave a refresh no step
+        # of its own to run in
+        coming = [e for e in self.in_flight if e.swap == step + 1 and e.started < step and e.delivered is None]
+        if coming and self._transport.size > 1:
+            self._start_gather(coming)
 
     def drain(self) -> None:
         """Wait for this rank's own refreshes in flight and keep their outcomes; nothing is swapped in."""
+        self._finish_gather()
         for entry in self.in_flight:
-            if entry.delivered is None and self._owners[entry.key] == self._transport.rank:
-                entry.delivered = self._outcome(entry)
+            self._collect(entry)
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Forget what is in flight and take a checkpoint's instead; every rank has every outcome there."""
+        self._finish_gather()
         self.executor.close()
         self.in_flight = [
             InFlight(key=row["key"], started=row["started"], swap=row["swap"], delivered=Outcome(**row["outcome"]))
             for row in rows
         ]
 
-    def _outcome(self, entry: InFlight) -> Outcome:
-        result: JobResult = self.executor.result((entry.key, entry.started))
-        dtype = self._blocks[entry.key].compute_dtype
-        return Outcome(
-            roots=[torch.from_numpy(array).to(dtype) for array in result.arrays] or None,
-            condition_number=result.diagnostics.get("condition_number", float("nan")),
-            residual=result.diagnostics.get("residual", float("nan")),
-            seconds=result.seconds,
-            error=result.error,
-        )
+    def hand_over(self, other: Refresher) -> None:
+        """Give another refresher what is in flight: the plan was built anew, the executor stays."""
+        self._finish_gather()
+        other.waited, other._late, other._said = self.waited, self._late, self._said
+        other.in_flight = [entry for entry in self.in_flight if entry.key in other._blocks]
 
-    def _gather(self, due: list[InFlight]) -> list[Outcome]:
-        """Every rank gets every outcome, the refresher's bits: replicas never recompute a root."""
+    def _collect(self, entry: InFlight) -> None:
+        """Take this rank's own result from the executor, waiting for it if need be."""
+        if entry.known is None and self._owners[entry.key] == self._transport.rank:
+            begin = time.monotonic()
+            result = self.executor.result((entry.key, entry.started))
+            if entry.swap > entry.started:
+                self._watch(time.monotonic() - begin, result.seconds)
+            restarts = float(self.executor.restarts)
+            entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)
+
+    def _watch(self, waited: float, seconds: float) -> None:
+        """Say once, when results are late again and again, what to change."""
+        self.waited += waited
+        self._late = self._late + 1 if waited > 0.1 * seconds else 0
+        if self._late >= _LATE_IN_A_ROW and not self._said:
+            self._said = True
+            logger.warning(
+                "refreshes cannot keep up: the last %d results were waited for (%.2f s for the last one, which took "
+                "%.2f s). Raise precondition_frequency (%s) or refresh_delay, give workers more cores "
+                "(workers={'kind': 'process', 'count': ...}), or lower max_preconditioner_dim",
+                self._late,
+                waited,
+                seconds,
+                self.schedule.interval,
+            )
+
+    def _start_gather(self, entries: list[InFlight]) -> None:
+        """Send own outcomes to every rank: replicas get the refresher's bits and never recompute a root.
+
+        Which entries, and so every size, is the same on all ranks.
+        """
         rank, size = self._transport.rank, self._transport.size
-        outcomes: dict[int, Outcome] = {}
-        for index, entry in enumerate(due):
-            if self._owners[entry.key] == rank:
-                outcomes[index] = entry.delivered or self._outcome(entry)
-        if size == 1:
-            return [outcomes[index] for index in range(len(due))]
-        templates = [self._templates(entry.key) for entry in due]
+        for entry in entries:
+            self._collect(entry)
+        if size == 1 or not entries:
+            for entry in entries:
+                entry.delivered = entry.own
+            return
         sizes, packed = [0] * size, []
-        for index, entry in enumerate(due):
-            sizes[self._owners[entry.key]] += template_size(templates[index])
-            if index in outcomes:
-                packed += self._message(outcomes[index], templates[index])
-        flats = self._transport.broadcast_from_owners(sizes, pack_bytes(packed) if sizes[rank] else None)
-        positions = [0] * size
-        for index, entry in enumerate(due):
-            owner, length = self._owners[entry.key], template_size(templates[index])
-            if index not in outcomes:
-                part = flats[owner][positions[owner] : positions[owner] + length]
-                header, *roots = unpack_bytes(part, templates[index])
-                ok, condition_number, residual, seconds = header.tolist()
-                outcomes[index] = Outcome(
-                    roots=[root.clone() for root in roots] if ok else None,
-                    condition_number=condition_number,
-                    residual=residual,
-                    seconds=seconds,
-                    error="" if ok else f"failed on rank {owner}",
-                )
+        for entry in entries:
+            layout = self._layout(entry.key)
+            sizes[self._owners[entry.key]] += message_size(*layout)
+            if entry.own is not None:
+                packed += pack(entry.own, *layout)
+        own = pack_bytes(packed) if sizes[rank] else None
+        self._gathering = entries, self._transport.start_broadcast_from_owners(sizes, own)
+
+    def _finish_gather(self) -> None:
+        if self._gathering is None:
+            return
+        entries, pending = self._gathering
+        self._gathering = None
+        flats = pending.wait()
+        positions = [0] * len(flats)
+        for entry in entries:
+            owner, layout = self._owners[entry.key], self._layout(entry.key)
+            length = message_size(*layout)
+            part = flats[owner][positions[owner] : positions[owner] + length]
+            entry.delivered = entry.own or unpack(part, *layout, owner)
             positions[owner] += length
-        return [outcomes[index] for index in range(len(due))]
 
-    def _templates(self, key: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def _layout(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         block = self._blocks[key]
-        return [_HEADER, *(((order, order), block.compute_dtype) for order in block.block.orders)]
-
-    @staticmethod
-    def _message(outcome: Outcome, templates: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-        header = torch.tensor(
-            [float(outcome.roots is not None), outcome.condition_number, outcome.residual, outcome.seconds],
-            dtype=torch.float64,
-        )
-        roots = outcome.roots or [torch.zeros(shape, dtype=dtype) for shape, dtype in templates[1:]]
-        return [header, *roots]
+        return block.block.orders, block.compute_dtype
 
     def _install(self, entry: InFlight, outcome: Outcome) -> None:
         block = self._blocks[entry.key]
@@ -179,8 +204,9 @@ class Refresher:
             if block.failures >= self._max_failures:
                 raise RefreshError(
                     f"block {entry.key}: {block.failures} refreshes in a row failed, the last one started at step "
-                    f"{entry.started} ({outcome.error}). Raise preconditioner_eps, or exclude the parameter with "
-                    f"overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
+                    f"{entry.started} (condition number {outcome.condition_number:.3g}, residual "
+                    f"{outcome.residual:.3g}; {outcome.error}). Raise preconditioner_eps, or exclude the parameter "
+                    f"with overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
                 )
             return
         block.failures = 0
@@ -190,5 +216,7 @@ class Refresher:
             "condition_number": outcome.condition_number,
             "residual": outcome.residual,
             "seconds": outcome.seconds,
+            "waited": outcome.waited,
+            "restarts": outcome.restarts,
             "started": float(entry.started),
         }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.options import ShampooOptions
+from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -36,14 +37,16 @@ class Shampoo(SecondOrderOptimizer):
         preconditioner_eps: ridge of the statistics, times their largest eigenvalue (``relative_eps``) or absolute.
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
-        precondition_frequency: steps between two refreshes of a block's roots.
+        precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
+            short and grows, ``{"first": 5, "growth": 1.5, "max": 100}``: stale roots cost progress early.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
-            executor; None is the interval, 0 is synchronous.
+            executor; 0 is synchronous. None is the interval (while it grows, the one that begins there), except for
+            the very first refresh, which is used at once: until then the graft alone moves.
         stagger: spread the blocks' refreshes over the interval.
         gather_frequency: roots change hands only at multiples of this; None: as soon as the delay is over.
         statistics_frequency: steps between two updates of the statistics.
-        start_preconditioning_step: step of the first refresh of all blocks; None is ``precondition_frequency``. Until
-            the first roots are in, the graft alone moves.
+        start_preconditioning_step: step of the first refresh of all blocks; None is the (first) interval. Until the
+            first roots are in, the graft alone moves.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
         merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``); ``"all"`` (dimensions of size one
             dropped, merged from the right while the product is at most ``max_preconditioner_dim``). Dimensions of size
@@ -62,7 +65,7 @@ class Shampoo(SecondOrderOptimizer):
             CPUs and GPUs); None is float32, or float64 for float64 parameters.
         overrides: exceptions by name pattern or module class, first match wins:
             ``[{"match": "lm_head|embed", "method": "none"}, {"match": "Conv2d", "max_preconditioner_dim": 512}]``.
-        workers: ``"auto"``, ``"inline"``, ``"thread"`` or :class:`WorkerOptions`.
+        workers: ``"auto"``, ``"inline"``, ``"thread"``, ``"process"``, a mapping, or :class:`WorkerOptions`.
 
     Raises:
         ValueError: an option out of range (named with its value), or nothing to precondition.
@@ -86,7 +89,7 @@ class Shampoo(SecondOrderOptimizer):
         preconditioner_eps: float = 1e-6,
         relative_eps: bool = True,
         use_bias_correction: bool = True,
-        precondition_frequency: int = 20,
+        precondition_frequency: int | Interval | Mapping[str, Any] = 20,
         refresh_delay: int | None = None,
         stagger: bool = True,
         gather_frequency: int | None = None,

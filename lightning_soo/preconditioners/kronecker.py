@@ -59,20 +59,21 @@ class KroneckerStatistics:
             matrix.addmm_(unfolded, unfolded.T, beta=decay, alpha=weight)
 
     def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
-        """What a worker needs to compute this block's roots; the arrays are copies.
+        """What a worker needs to compute this block's roots; the arrays are the statistics themselves on a CPU.
 
         Args:
             correction: ``c2``, by which the statistics are divided.
         """
         return Job(
-            function="inverse_roots",
-            arrays=tuple(matrix.detach().cpu().numpy().copy() for matrix in self.matrices),
+            function="lightning_soo.linalg.inverse_roots:inverse_roots",
+            arrays=tuple(matrix.detach().cpu().numpy() for matrix in self.matrices),
             options={
                 "divisor": correction * self.scale**2,
                 "exponent": exponent,
                 "eps": eps,
                 "relative_eps": relative_eps,
             },
+            result_bytes=sum(8 * matrix.numel() for matrix in self.matrices),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Hashable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Protocol
 
 from lightning_soo.refresh.jobs import Job, JobResult, one_blas_thread, run_job
@@ -16,12 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
-    """Runs jobs. When a result is used is not its business: the schedule fixes that."""
+    """Runs jobs. When a result is used is not its business: the schedule fixes that.
+
+    Attributes:
+        queued: jobs whose result is not known yet.
+        restarts: workers that were replaced.
+    """
 
     kind: str
+    restarts: int
+
+    @property
+    def queued(self) -> int: ...
 
     def submit(self, key: Hashable, job: Job) -> None:
-        """Start a job. ``key`` must not be in use."""
+        """Start a job; its arrays are copied before this returns. ``key`` must not be in use."""
+
+    def poll(self) -> None:
+        """Called once a step: look after the workers."""
 
     def result(self, key: Hashable) -> JobResult:
         """Return a job's result, waiting for it if need be, and forget the job."""
@@ -37,10 +50,18 @@ class InlineExecutor:
 
     def __init__(self) -> None:
         self._results: dict[Hashable, JobResult] = {}
+        self.restarts = 0
+
+    @property
+    def queued(self) -> int:
+        return 0
 
     def submit(self, key: Hashable, job: Job) -> None:
         with one_blas_thread:
             self._results[key] = run_job(job)
+
+    def poll(self) -> None:
+        pass
 
     def result(self, key: Hashable) -> JobResult:
         return self._results.pop(key)
@@ -64,6 +85,14 @@ class ThreadExecutor:
         self._queue: queue.SimpleQueue[tuple[Future[JobResult], Job] | None] = queue.SimpleQueue()
         self._pending: dict[Hashable, tuple[Future[JobResult], Job]] = {}
         self._threads: list[threading.Thread] = []
+        self.restarts = 0
+
+    @property
+    def queued(self) -> int:
+        return sum(not future.done() for future, _ in self._pending.values())
+
+    def poll(self) -> None:
+        pass
 
     def submit(self, key: Hashable, job: Job) -> None:
         if not self._threads:
@@ -75,6 +104,7 @@ class ThreadExecutor:
             for thread in self._threads:
                 thread.start()
         one_blas_thread.acquire()
+        job = replace(job, arrays=tuple(array.copy() for array in job.arrays))
         future: Future[JobResult] = Future()
         self._pending[key] = future, job
         self._queue.put((future, job))

@@ -6,17 +6,16 @@ with one BLAS thread: numpy's results depend on the number.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
-
-from lightning_soo.linalg.inverse_roots import InverseRootError, inverse_root
 
 Array = npt.NDArray[Any]
 logger = logging.getLogger(__name__)
@@ -24,11 +23,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``function`` is a key of :data:`FUNCTIONS`; ``options`` are plain numbers."""
+    """What a worker runs, wherever it is.
+
+    Attributes:
+        function: ``"module:function"`` of a pure numpy function ``(arrays, **options) -> (arrays, diagnostics)``; the
+            module must not import torch, since a worker process imports it.
+        arrays: may be views of live statistics: whoever keeps them past ``submit`` copies them.
+        options: plain numbers, booleans and strings.
+        result_bytes: at least what the resulting arrays take, each rounded up to 8.
+    """
 
     function: str
     arrays: tuple[Array, ...]
     options: Mapping[str, Any]
+    result_bytes: int
+
+    @property
+    def cost(self) -> int:
+        """Proportional to the expected time: cubic in the order of each matrix."""
+        return sum(math.prod(array.shape) * max(array.shape, default=1) for array in self.arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +59,23 @@ class JobResult:
     error: str = ""
 
 
-def inverse_roots(
-    arrays: tuple[Array, ...], *, divisor: float, exponent: float, eps: float, relative_eps: bool
-) -> tuple[tuple[Array, ...], dict[str, float]]:
-    """``(A / divisor + ridge I)^(-1/exponent)`` of every array."""
-    found = [
-        inverse_root(np.asarray(a, np.float64) / divisor, exponent, eps=eps, relative_eps=relative_eps) for a in arrays
-    ]
-    return tuple(f.root for f in found), {
-        "condition_number": max(f.condition_number for f in found),
-        "residual": max(f.residual for f in found),
-    }
-
-
-FUNCTIONS: dict[str, Callable[..., tuple[tuple[Array, ...], dict[str, float]]]] = {"inverse_roots": inverse_roots}
-
-
 def run_job(job: Job) -> JobResult:
-    """Run a job; the caller holds BLAS at one thread. A numerical failure is a result, not an exception."""
+    """Run a job; the caller holds BLAS at one thread. What the function raises is a result, not an exception."""
     start = time.perf_counter()
     try:
-        arrays, diagnostics = FUNCTIONS[job.function](job.arrays, **job.options)
-    except (InverseRootError, np.linalg.LinAlgError, FloatingPointError) as error:
-        return JobResult(diagnostics={}, seconds=time.perf_counter() - start, error=str(error))
+        arrays, diagnostics = find_function(job.function)(job.arrays, **job.options)
+    except Exception as error:
+        return JobResult(diagnostics={}, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
     return JobResult(arrays=arrays, diagnostics=diagnostics, seconds=time.perf_counter() - start)
+
+
+def find_function(name: str) -> Callable[..., tuple[tuple[Array, ...], dict[str, float]]]:
+    """The function that ``"module:function"`` names."""
+    module, _, attribute = name.partition(":")
+    found: Callable[..., tuple[tuple[Array, ...], dict[str, float]]] = getattr(
+        importlib.import_module(module), attribute
+    )
+    return found
 
 
 class OneBlasThread:

@@ -2,12 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from lightning_soo.naming import nearest
 from lightning_soo.placement.assignment import assign
 from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.costs import refresh_milliseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Steps between two refreshes of a block: a number, or one that starts short and grows.
+
+    Attributes:
+        first: the first interval.
+        growth: each interval is this times the one before, rounded.
+        max: where growth ends.
+    """
+
+    first: int
+    growth: float = 1.0
+    max: int
+
+    def __post_init__(self) -> None:
+        for name in ("first", "max"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"precondition_frequency: {name}={value!r}: must be a whole number of at least 1")
+        if self.max < self.first:
+            raise ValueError(f"precondition_frequency: max={self.max} is below first={self.first}")
+        if not self.growth >= 1:
+            raise ValueError(f"precondition_frequency: growth={self.growth!r}: must be at least 1")
+        if self.max > self.first and not self.growth > 1:
+            raise ValueError(f"precondition_frequency: growth={self.growth!r} never reaches max={self.max}")
+
+    @classmethod
+    def parse(cls, value: int | Interval | Mapping[str, Any]) -> Interval:
+        """Take a number, or a mapping of the fields."""
+        if isinstance(value, Interval):
+            return value
+        if not isinstance(value, Mapping):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"precondition_frequency={value!r}: must be a whole number of at least 1, or a mapping such as "
+                    "{'first': 5, 'growth': 1.5, 'max': 100}"
+                )
+            return cls(first=value, max=value)
+        names = [entry.name for entry in fields(cls)]
+        for key in value:
+            if key not in names:
+                raise ValueError(f"precondition_frequency: unknown key {key!r}{nearest(str(key), names)}")
+        missing = [name for name in ("first", "growth", "max") if name not in value]
+        if missing:
+            raise ValueError(f"precondition_frequency={dict(value)!r}: {missing[0]!r} is missing")
+        return cls(**value)
+
+    @property
+    def grows(self) -> bool:
+        return self.first < self.max
+
+    def __str__(self) -> str:
+        return f"{self.first}, growing x {self.growth:g} to {self.max}" if self.grows else str(self.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +73,24 @@ class RefreshSchedule:
     """The clock of refreshes; steps count from 1 and skipped steps do not count.
 
     Attributes:
-        frequency: steps between two refreshes of a block.
-        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once.
+        interval: steps between two refreshes of a block.
+        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once. None is the interval
+            that begins at ``t``, but 0 for the first refresh: without it the graft alone would move meanwhile, and
+            what a large learning rate does then is not made good (the autoencoder of the papers, 400 steps, ended at
+            150 instead of 66).
         start: step of every block's first refresh.
         gather: roots change hands only at multiples of this; 1 means as soon as the delay is over.
         statistics: steps between two updates of the statistics.
-        offsets: block key -> position in the interval; all 0 without staggering.
+        offsets: block key -> position in the longest interval; all 0 without staggering.
     """
 
-    frequency: int
-    delay: int
+    interval: Interval
+    delay: int | None
     start: int
     gather: int = 1
     statistics: int = 1
     offsets: dict[str, int]
+    _starts: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def observes(self, step: int) -> bool:
         """Whether statistics are updated: at step 1, then at every multiple of ``statistics``."""
@@ -37,18 +99,45 @@ class RefreshSchedule:
     def refreshes(self, key: str, step: int) -> bool:
         """Whether a refresh of this block starts.
 
-        At ``start``, then wherever ``(step - offset)`` is a multiple of the frequency. A staggered block whose turn
-        comes less than half an interval after ``start`` waits for the next one: its roots are fresh.
+        At ``start``. With a constant interval then wherever ``(step - offset)`` is a multiple of it; a staggered block
+        whose turn comes less than half an interval after ``start`` waits for the next one: its roots are fresh. With a
+        growing one, once in every interval, at the same share of it.
         """
         if step <= self.start:
             return step == self.start
         offset = self.offsets.get(key, 0)
-        return (step - offset) % self.frequency == 0 and (offset == 0 or 2 * (step - self.start) >= self.frequency)
+        if self.interval.grows:
+            begin, length = self._around(step)
+            return begin > self.start and step == begin + offset * length // self.interval.max
+        length = self.interval.max
+        return (step - offset) % length == 0 and (offset == 0 or 2 * (step - self.start) >= length)
 
     def swap_step(self, step: int) -> int:
         """First step that uses the roots of a refresh started at ``step``."""
-        ready = step + self.delay
-        return -(-ready // self.gather) * self.gather
+        delay = self.delay
+        if delay is None:
+            delay = 0 if step == self.start else self._around(step)[1]
+        return -(-(step + delay) // self.gather) * self.gather
+
+    def _around(self, step: int) -> tuple[int, int]:
+        """First step and length of the interval that holds ``step``; the first one begins at ``start``."""
+        if not self.interval.grows:
+            return step - step % self.interval.max, self.interval.max
+        starts = self._starts or self._starts_until_max()
+        if step >= starts[-1]:
+            return step - (step - starts[-1]) % self.interval.max, self.interval.max
+        index = bisect_right(starts, step) - 1
+        return starts[index], starts[index + 1] - starts[index]
+
+    def _starts_until_max(self) -> list[int]:
+        """First steps of the intervals, up to the first that has its full length."""
+        length, begin = float(self.interval.first), self.start
+        while round(length) < self.interval.max:
+            self._starts.append(begin)
+            begin += round(length)
+            length *= self.interval.growth
+        self._starts.append(begin)
+        return self._starts
 
 
 def stagger_offsets(blocks: Sequence[Block], frequency: int) -> dict[str, int]:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_soo.naming import nearest
+from lightning_soo.refresh.cores import available_cores
 from lightning_soo.refresh.executors import Executor, InlineExecutor, ThreadExecutor
+from lightning_soo.refresh.processes import ProcessExecutor
 
-KINDS = ("auto", "inline", "thread")
+logger = logging.getLogger(__name__)
+KINDS = ("auto", "inline", "thread", "process")
+# a refresh of all blocks below this is not worth handing over
+_INLINE_MILLISECONDS = 2.0
+# processes beyond these gain little and cost memory
+_MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """How roots are computed.
+    """How roots are computed. When they are used does not depend on it, and neither do their bits.
 
     Attributes:
-        kind: ``"inline"`` (in the step), ``"thread"`` (background threads) or ``"auto"``.
-        count: how many threads; None is one, or all cores of this process where the step waits for them anyway
-            (``refresh_delay=0``). The result is the same, bit for bit.
-        deadline: seconds a late result is waited for before the training thread computes it itself.
+        kind: ``"inline"`` (in the step), ``"thread"`` (background threads), ``"process"`` (background processes), or
+            ``"auto"``: inline for tiny blocks, processes where cores are spare, else one thread.
+        count: how many; None is one, or as many as there are spare cores, or all cores of this rank where the step
+            waits for them anyway (``refresh_delay=0``).
+        threads_per_worker: BLAS threads of a worker process; with more than one the last bits of a root depend on it.
+        cpus: cores that worker processes are pinned to, in turn; None leaves them to the system.
+        nice: lowers the priority of worker processes.
+        deadline: seconds a result that is due is waited for before its worker is replaced; collectives of other ranks
+            must be allowed to wait at least three times as long.
+        max_restarts: worker processes that may be replaced before roots are computed in the training thread.
         max_failures: refreshes of one block that may fail in a row before every rank raises ``RefreshError``.
     """
 
     kind: str = "auto"
     count: int | None = None
+    threads_per_worker: int = 1
+    cpus: tuple[int, ...] | None = None
+    nice: int = 0
     deadline: float = 300.0
+    max_restarts: int = 5
     max_failures: int = 5
 
     def __post_init__(self) -> None:
@@ -35,10 +53,16 @@ class WorkerOptions:
             raise ValueError(f"workers: kind={self.kind!r}{nearest(str(self.kind), KINDS)}")
         if self.count is not None and self.count < 1:
             raise ValueError(f"workers: count={self.count}: must be at least 1 or None")
+        for name in ("threads_per_worker", "max_failures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"workers: {name}={getattr(self, name)}: must be at least 1")
+        for name in ("nice", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"workers: {name}={getattr(self, name)}: must be at least 0")
         if not self.deadline > 0:
             raise ValueError(f"workers: deadline={self.deadline}: must be above zero seconds")
-        if self.max_failures < 1:
-            raise ValueError(f"workers: max_failures={self.max_failures}: must be at least 1")
+        if self.cpus is not None:
+            object.__setattr__(self, "cpus", _parse_cpus(self.cpus))
 
     @classmethod
     def parse(cls, value: str | WorkerOptions | Mapping[str, Any]) -> WorkerOptions:
@@ -54,34 +78,73 @@ class WorkerOptions:
         return cls(**value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this rank shares its machine with.
+
+    Attributes:
+        ranks: ranks of this run on this machine.
+        trainer_cores: cores the training thread itself keeps busy: torch's threads on a CPU, one beside a GPU.
+        data_workers: data loading processes of this rank.
+    """
+
+    ranks: int = 1
+    trainer_cores: int = 1
+    data_workers: int = 0
+
+
 def make_executor(
-    options: WorkerOptions, *, refresh_milliseconds: float, refresh_delay: int, ranks_on_this_machine: int
+    options: WorkerOptions, machine: Machine, *, refresh_milliseconds: float, refresh_delay: int | None
 ) -> tuple[Executor, str]:
     """Return the executor and the reason in words.
 
     Args:
         refresh_milliseconds: the estimated time of one refresh of every block this rank owns.
         refresh_delay: with 0 the step waits for the result anyway.
-        ranks_on_this_machine: they share its cores.
     """
-    cores = max(1, cores_of_this_process() // ranks_on_this_machine)
-    count = options.count or (cores if refresh_delay == 0 else 1)
-    threads = f"{count} thread{'s' * (count > 1)}"
-    if options.kind == "inline":
-        return InlineExecutor(), "inline (chosen)"
-    if options.kind == "thread":
-        return ThreadExecutor(count, options.deadline), f"{threads} (chosen)"
-    if refresh_milliseconds < 2.0:
-        return InlineExecutor(), f"inline: a refresh of every block takes about {refresh_milliseconds:.1f} ms"
-    share = f"{cores} core{'s' * (cores > 1)} to a rank"
-    cost = f"{share}; a refresh of every block takes about {refresh_milliseconds:.0f} ms"
-    if refresh_delay > 0:
-        return ThreadExecutor(count, options.deadline), f"{threads} in the background ({cost})"
-    if count == 1:
-        return InlineExecutor(), f"inline: refresh_delay=0 ({cost})"
-    return ThreadExecutor(count, options.deadline), f"{threads} while the step waits, refresh_delay=0 ({cost})"
+    cores = max(1, available_cores() // machine.ranks)
+    spare = cores - machine.trainer_cores - machine.data_workers
+    waits = refresh_delay == 0
+    kind = options.kind
+    if kind == "process" and not hasattr(os, "memfd_create"):
+        logger.warning("worker processes need Linux (memfd_create): background threads are used instead")
+        kind = "thread"
+    reason = "chosen"
+    if kind == "auto":
+        cost = f"{cores} core{'s' * (cores > 1)} to a rank, a refresh takes about {refresh_milliseconds:.1f} ms"
+        if refresh_milliseconds < _INLINE_MILLISECONDS:
+            kind, reason = "inline", f"all blocks together take about {refresh_milliseconds:.1f} ms"
+        elif waits:
+            kind, reason = "thread" if (options.count or cores) > 1 else "inline", f"refresh_delay=0; {cost}"
+        elif spare > 0 and hasattr(os, "memfd_create"):
+            kind, reason = "process", f"{spare} of {cost}, spare"
+        else:
+            kind, reason = "thread", f"no core is spare: {cost}"
+    if kind == "inline":
+        return InlineExecutor(), f"in the step ({reason})"
+    count = options.count or (cores if waits else 1 if kind == "thread" else max(1, min(spare, _MOST_PROCESSES)))
+    plural = "s" if kind == "thread" else "es"
+    words = f"{count} {'background ' * (not waits)}{kind}{plural * (count > 1)} ({reason})"
+    if kind == "thread":
+        return ThreadExecutor(count, options.deadline), words
+    return (
+        ProcessExecutor(
+            count,
+            threads=options.threads_per_worker,
+            deadline=options.deadline,
+            max_restarts=options.max_restarts,
+            cpus=options.cpus,
+            nice=options.nice,
+        ),
+        words,
+    )
 
 
-def cores_of_this_process() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _parse_cpus(cpus: Sequence[int]) -> tuple[int, ...]:
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    for cpu in cpus:
+        if cpu not in allowed:
+            raise ValueError(f"workers: cpus={list(cpus)}: this process may use {allowed}, not {cpu}")
+    if not cpus:
+        raise ValueError("workers: cpus=[]: name at least one core, or None")
+    return tuple(cpus)

@@ -6,10 +6,24 @@ import hashlib
 import math
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Pending:
+    """Buffers on their way."""
+
+    def __init__(self, buffers: list[Tensor], handles: list[Any]) -> None:
+        self._buffers, self._handles = buffers, handles
+
+    def wait(self) -> list[Tensor]:
+        """The buffers of all ranks, on the CPU."""
+        for handle in self._handles:
+            handle.wait()
+        return [buffer.cpu() for buffer in self._buffers]
 
 
 class Transport:
@@ -37,8 +51,8 @@ class Transport:
         dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self._group)
         return moved.to(values.device)
 
-    def broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None) -> list[Tensor]:
-        """Every rank gives one flat byte buffer and gets all of them.
+    def start_broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None) -> Pending:
+        """Every rank gives one flat byte buffer and gets all of them, once the result is waited for.
 
         One broadcast per owner, all in flight at once: on gloo several times faster than an all_gather of padded
         buffers.
@@ -57,9 +71,11 @@ class Transport:
             buffers.append(buffer)
             if size and self.size > 1:
                 handles.append(dist.broadcast(buffer, src=self._global(rank), group=self._group, async_op=True))
-        for handle in handles:
-            handle.wait()
-        return [buffer.cpu() for buffer in buffers]
+        return Pending(buffers, handles)
+
+    def broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None) -> list[Tensor]:
+        """:meth:`start_broadcast_from_owners`, waited for."""
+        return self.start_broadcast_from_owners(sizes, own).wait()
 
     def gather_bytes(self, own: Tensor, to: int | None) -> list[Tensor]:
         """Collect one byte buffer of any size from every rank; empty tensors on ranks that are not ``to``.

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_soo import Shampoo
 from lightning_soo.refresh import executors
 from lightning_soo.refresh.jobs import run_job
-from lightning_soo.refresh.schedule import RefreshSchedule
+from lightning_soo.refresh.schedule import Interval, RefreshSchedule
 
 
 def train(workers: Any, **options: Any) -> torch.Tensor:
@@ -55,7 +55,7 @@ def late_jobs() -> Any:
 @given(
     options=st.fixed_dictionaries(
         {
-            "precondition_frequency": st.integers(1, 7),
+            "precondition_frequency": st.one_of(st.integers(1, 7), st.just({"first": 1, "growth": 1.6, "max": 5})),
             "refresh_delay": st.one_of(st.none(), st.integers(0, 9)),
             "stagger": st.booleans(),
             "gather_frequency": st.one_of(st.none(), st.integers(1, 4)),
@@ -68,6 +68,7 @@ def test_every_executor_gives_the_same_bits(late_jobs: Callable[[], None], optio
     inline = train("inline", **options)
     assert torch.equal(inline, train({"kind": "thread", "count": 1}, **options))
     assert torch.equal(inline, train({"kind": "thread", "count": 3}, **options))
+    assert torch.equal(inline, train({"kind": "process", "count": 2}, **options))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -82,7 +83,7 @@ def test_every_block_is_refreshed_once_an_interval(
     frequency: int, delay: int, start: int, gather: int, offset: int
 ) -> None:
     schedule = RefreshSchedule(
-        frequency=frequency, delay=delay, start=start, gather=gather, offsets={"a": offset % frequency}
+        interval=Interval.parse(frequency), delay=delay, start=start, gather=gather, offsets={"a": offset % frequency}
     )
     steps = [step for step in range(1, start + 6 * frequency) if schedule.refreshes("a", step)]
     assert steps[0] == start
@@ -92,3 +93,51 @@ def test_every_block_is_refreshed_once_an_interval(
     for step in steps:
         swap = schedule.swap_step(step)
         assert swap % gather == 0 and step + delay <= swap < step + delay + gather
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    first=st.integers(1, 20),
+    growth=st.floats(1.05, 3.0),
+    longest=st.integers(0, 100),
+    start=st.integers(1, 60),
+    share=st.floats(0.0, 0.999),
+    delay=st.one_of(st.none(), st.integers(0, 30)),
+)
+def test_a_growing_interval(
+    first: int, growth: float, longest: int, start: int, share: float, delay: int | None
+) -> None:
+    """Intervals are first, first * growth, ... to the longest; every block is refreshed once in each of them."""
+    longest = first + longest
+    interval = Interval(first=first, growth=growth, max=longest)
+    last = start + 8 * longest
+    plain = RefreshSchedule(interval=interval, delay=delay, start=start, offsets={})
+    begins = [step for step in range(1, last) if plain.refreshes("a", step)]
+    expected, length = [start], float(first)
+    while expected[-1] < last:
+        expected.append(expected[-1] + min(longest, round(length)))
+        length = min(length * growth, 1e6)
+    if first < longest:
+        assert begins == [step for step in expected if step < last]
+    staggered = RefreshSchedule(interval=interval, delay=delay, start=start, offsets={"a": int(share * longest)})
+    steps = [step for step in range(1, last) if staggered.refreshes("a", step)]
+    if first < longest:
+        for begin, end in pairwise(begins[1:]):
+            assert sum(begin <= step < end for step in steps) == 1
+        swaps = [plain.swap_step(step) for step in begins]
+        assert swaps == sorted(swaps)
+        if delay is None:  # the first roots at once, then one interval later
+            assert swaps[: len(begins) - 1] == [start, *begins[2:]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "0"), (2.5, "2.5"), (True, "True"), ({"first": 5}, "'growth' is missing"),
+        ({"first": 5, "grow": 2, "max": 9}, "growth"), ({"first": 5, "growth": 0.5, "max": 9}, "0.5"),
+        ({"first": 5, "growth": 1.0, "max": 9}, "never reaches"), ({"first": 9, "growth": 2, "max": 5}, "below"),
+    ],
+)  # fmt: skip
+def test_bad_intervals_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Interval.parse(value)

@@ -1,0 +1,144 @@
+"""The outcome of a refresh as all ranks see it, and as it travels between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_soo.refresh.jobs import JobResult
+from lightning_soo.transport import template_size, unpack_bytes
+
+Template = tuple[tuple[int, ...], torch.dtype]
+# ok, condition number, residual, seconds, waited, restarts
+_HEADER: Template = ((6,), torch.float64)
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A finished refresh; no ``roots`` where it failed.
+
+    Attributes:
+        seconds: what the computation took.
+        waited, restarts: seconds the refresher's training thread has waited for results so far, and workers it has
+            replaced.
+    """
+
+    roots: list[Tensor] | None
+    condition_number: float
+    residual: float
+    seconds: float
+    waited: float = 0.0
+    restarts: float = 0.0
+    error: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        result: JobResult,
+        orders: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        waited: float = 0.0,
+        restarts: float = 0.0,
+    ) -> Outcome:
+        """Check a worker's result: a wrong number or shape, a NaN or an Inf is a failure, whatever the worker says."""
+        error, roots = result.error, None
+        if not error:
+            shapes = [array.shape for array in result.arrays]
+            if shapes != [(order, order) for order in orders]:
+                error = f"the worker returned shapes {shapes} for orders {list(orders)}"
+            elif not all(np.isfinite(array).all() for array in result.arrays):
+                error = "the worker returned NaN or Inf"
+            else:
+                roots = [torch.from_numpy(array).to(dtype) for array in result.arrays]
+        return cls(
+            roots=roots,
+            condition_number=result.diagnostics.get("condition_number", float("nan")),
+            residual=result.diagnostics.get("residual", float("nan")),
+            seconds=result.seconds,
+            waited=waited,
+            restarts=restarts,
+            error=error,
+        )
+
+
+def templates(orders: Sequence[int], dtype: torch.dtype) -> list[Template]:
+    """Layout of one outcome's message: a header, then half of each root, since roots are symmetric."""
+    return [_HEADER, *((_packed_shape(order), dtype) for order in orders)]
+
+
+def message_size(orders: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of one outcome's message."""
+    return template_size(templates(orders, dtype))
+
+
+def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of one message; a failure has the same size, so that sizes come from the plan alone."""
+    header = torch.tensor(
+        [
+            float(outcome.roots is not None),
+            outcome.condition_number,
+            outcome.residual,
+            outcome.seconds,
+            outcome.waited,
+            outcome.restarts,
+        ],
+        dtype=torch.float64,
+    )
+    if outcome.roots is None:
+        return [header, *(torch.zeros(_packed_shape(order), dtype=dtype) for order in orders)]
+    return [header, *(pack_symmetric(root) for root in outcome.roots)]
+
+
+def unpack(flat: Tensor, orders: Sequence[int], dtype: torch.dtype, owner: int) -> Outcome:
+    """The outcome that rank ``owner`` packed."""
+    header, *packed = unpack_bytes(flat, templates(orders, dtype))
+    ok, condition_number, residual, seconds, waited, restarts = header.tolist()
+    return Outcome(
+        roots=[unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)] if ok else None,
+        condition_number=condition_number,
+        residual=residual,
+        seconds=seconds,
+        waited=waited,
+        restarts=restarts,
+        error="" if ok else f"failed on rank {owner}",
+    )
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """``(n, n)`` symmetric -> about half the elements, by block copies: no index arithmetic.
+
+    The square is cut into quarters of order ``h = ceil(n / 2)``: the lower left one is kept whole, and the two on the
+    diagonal share one ``(h + 1, h)`` rectangle, one as its lower and one as its upper triangle.
+    """
+    order = matrix.shape[0]
+    half = (order + 1) // 2
+    packed = matrix.new_zeros(_packed_shape(order))
+    packed[1 : half + 1, :half] = matrix[:half, :half].tril()
+    rest = order - half
+    packed[:rest, :rest] += matrix[half:, half:].triu()
+    packed[half + 1 :, :half] = matrix[half:, :half]
+    return packed
+
+
+def unpack_symmetric(packed: Tensor, order: int) -> Tensor:
+    """Inverse of :func:`pack_symmetric`."""
+    half = (order + 1) // 2
+    rest = order - half
+    matrix = packed.new_empty(order, order)
+    lower = packed[1 : half + 1, :half].tril()
+    matrix[:half, :half] = lower + lower.tril(-1).T
+    upper = packed[:rest, :rest].triu()
+    matrix[half:, half:] = upper + upper.triu(1).T
+    matrix[half:, :half] = packed[half + 1 :, :half]
+    matrix[:half, half:] = packed[half + 1 :, :half].T
+    return matrix
+
+
+def _packed_shape(order: int) -> tuple[int, int]:
+    half = (order + 1) // 2
+    return half + 1 + (order - half), half
