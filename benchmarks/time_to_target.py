@@ -27,14 +27,12 @@ from lightning_soo import Shampoo
 
 WARM_UP = 20
 LONGEST = 400
-HORIZONS = (32, 40, 48, 56, 64, 80, 96, 128, 160, 200, 256, 320, LONGEST)
+HORIZONS = (32, 40, 48, 64, 96, 160, 256, LONGEST)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-START = (2, 6)  # the part of the ladder that everyone gets first: 1e-4 .. 2e-3
-# a run of a few hundred steps: roots as soon as a handful of gradients is seen, used at the step they were computed
+START = (3, 6)  # the part of the ladder that everyone gets first: 3e-4, 1e-3, 2e-3
+# a run of a few hundred steps: the first roots as soon as a handful of gradients is seen
 SHORT = {
     "precondition_frequency": 50,
-    "refresh_delay": 0,
-    "stagger": False,
     "statistics_frequency": 2,
     "start_preconditioning_step": 8,
     "compute_dtype": "bfloat16",
