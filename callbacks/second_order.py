@@ -73,9 +73,15 @@ class SecondOrder(pl.Callback):
                 optimizer.consolidate(to=0)
                 states[index] = trainer.strategy.optimizer_state(optimizer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop the workers: Lightning does not call ``teardown`` after an exception, Ctrl-C or SIGTERM."""
+        self._release(trainer, pl_module)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._release(trainer, pl_module)
+
+    def _release(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._wrapped is not None and pl_module.__dict__.get("configure_optimizers") is self._wrapped:
             del pl_module.__dict__["configure_optimizers"]
             if self._wrapped.second_order is not None:  # the user had set it on the instance

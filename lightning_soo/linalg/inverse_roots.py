@@ -20,7 +20,15 @@ Matrix = npt.NDArray[np.float64]
 
 
 class InverseRootError(ArithmeticError):
-    """No solver gave a root that verifies. The message holds the order, the condition number and the residual."""
+    """No solver gave a root that verifies. The message holds the order, the condition number and the residual.
+
+    Attributes:
+        diagnostics: ``condition_number`` and ``residual`` of the last attempt, where there was one.
+    """
+
+    def __init__(self, message: str, **diagnostics: float) -> None:
+        super().__init__(message)
+        self.diagnostics = diagnostics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +87,7 @@ def inverse_root(
         raise InverseRootError(f"matrix of order {order} is zero: there is nothing to take the root of")
     a = a / size
     relative = eps if relative_eps else eps / size
-    failure = ""
+    failure, diagnostics = "", {}
     for name in ("eigh", "newton") if solver == "eigh" else ("newton",):
         if name == "newton" and exponent != int(exponent):
             failure += f"; newton needs a whole exponent, not {exponent}"
@@ -97,9 +105,10 @@ def inverse_root(
                 ridge=found.ridge * size,
                 solver=name,
             )
+        diagnostics = {"condition_number": found.condition_number, "residual": found.residual}
         failure += f"; {name}: condition number {found.condition_number:.2e}, residual {found.residual:.2e}"
     raise InverseRootError(
-        f"no inverse root of order {order} (exponent -1/{exponent:g}, eps {eps:g}) verified{failure}"
+        f"no inverse root of order {order} (exponent -1/{exponent:g}, eps {eps:g}) verified{failure}", **diagnostics
     )
 
 

@@ -105,8 +105,7 @@ class Refresher:
             self._start_gather(coming)
 
     def drain(self) -> None:
-        """Wait for this rank's own refreshes in flight and keep their outcomes; nothing is swapped in."""
-        self._finish_gather()
+        """Wait for this rank's own refreshes in flight and keep their outcomes; nothing is swapped in or received."""
         for entry in self.in_flight:
             self._collect(entry)
 
@@ -138,7 +137,7 @@ class Refresher:
     def _watch(self, waited: float, seconds: float) -> None:
         """Say once, when results are late again and again, what to change."""
         self.waited += waited
-        self._late = self._late + 1 if waited > 0.1 * seconds else 0
+        self._late = self._late + 1 if waited > max(0.1 * seconds, 0.01) else 0
         if self._late >= _LATE_IN_A_ROW and not self._said:
             self._said = True
             logger.warning(
@@ -203,10 +202,11 @@ class Refresher:
             )
             if block.failures >= self._max_failures:
                 raise RefreshError(
-                    f"block {entry.key}: {block.failures} refreshes in a row failed, the last one started at step "
-                    f"{entry.started} (condition number {outcome.condition_number:.3g}, residual "
-                    f"{outcome.residual:.3g}; {outcome.error}). Raise preconditioner_eps, or exclude the parameter "
-                    f"with overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
+                    f"block {entry.key}: {block.failures} refreshes in a row failed on rank "
+                    f"{self._owners[entry.key]} (its log says why), the last one started at step {entry.started} "
+                    f"(condition number {outcome.condition_number:.3g}, residual {outcome.residual:.3g}). Raise "
+                    f"preconditioner_eps, or exclude the parameter with "
+                    f"overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
                 )
             return
         block.failures = 0

@@ -100,7 +100,7 @@ def run(command: dict[str, Any], arena: Arena) -> dict[str, Any]:
             offset += -(-array.nbytes // 8) * 8
         error = ""
     except Exception as raised:  # MemoryError and whatever a user's function does, too
-        outputs, diagnostics, error = [], {}, f"{type(raised).__name__}: {raised}"
+        outputs, diagnostics, error = [], getattr(raised, "diagnostics", {}), f"{type(raised).__name__}: {raised}"
     return {
         "id": command["id"],
         "outputs": outputs,
