@@ -65,7 +65,11 @@ def run_job(job: Job) -> JobResult:
     try:
         arrays, diagnostics = find_function(job.function)(job.arrays, **job.options)
     except Exception as error:
-        return JobResult(diagnostics=getattr(error, "diagnostics", {}), seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
+        return JobResult(
+            diagnostics=getattr(error, "diagnostics", {}),
+            seconds=time.perf_counter() - start,
+            error=f"{type(error).__name__}: {error}",
+        )
     return JobResult(arrays=arrays, diagnostics=diagnostics, seconds=time.perf_counter() - start)
 
 

@@ -110,7 +110,8 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_workers_in_trainer as t
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-t.fit(Path({str(tmp_path)!r}), t.Model("terminate"), callbacks=(OnExceptionCheckpoint({str(tmp_path)!r}),))
+t.fit(Path({str(tmp_path)!r}), t.Model("terminate"), enable_checkpointing=True,
+      callbacks=(OnExceptionCheckpoint({str(tmp_path)!r}),))
 """
     run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     _, text = run.communicate(timeout=120)
