@@ -19,6 +19,8 @@ from measure import machine
 from tasks import Task, autoencoder, digits
 
 from lightning_soo import Shampoo
+from lightning_soo.refresh.executors import ThreadExecutor
+from lightning_soo.refresh.jobs import Job
 
 INTERVAL = 50
 OPTIONS: dict[str, Any] = {
@@ -66,12 +68,37 @@ def private_mebibytes(pids: list[int]) -> float:
     return total / 1024
 
 
+def interpreter_rate() -> float:
+    """How fast the training thread's Python goes while roots are computed in a thread, over when none are."""
+
+    executor = ThreadExecutor(1)
+    matrix = np.random.default_rng(0).standard_normal((1000, 1000))
+    options = {"divisor": 1.0, "exponent": 4.0, "eps": 1e-6, "relative_eps": True}
+    job = Job(
+        function="lightning_soo.linalg.inverse_roots:inverse_roots",
+        arrays=(matrix @ matrix.T,) * 4,
+        options=options,
+        result_bytes=4 * matrix.nbytes,
+    )
+    rates = []
+    for busy in (True, False):
+        if busy:
+            executor.submit("root", job)
+        number, start = 0, time.perf_counter()
+        while executor.queued or (not busy and number < 300_000):
+            number += 1
+        rates.append(number / (time.perf_counter() - start))
+    executor.close()
+    return rates[0] / rates[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, help="also write the table here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    where = machine()
     task = autoencoder(250, digits())
     runs = {name: Run(task, options) for name, options in MODES.items()}
     while len(runs["none"].seconds) < arguments.steps:
@@ -83,7 +110,7 @@ def main() -> None:
     lines = [
         "# Background roots",
         "",
-        f"{machine()}.",
+        f"{where}.",
         f"Autoencoder, batch 250, every block refreshed every {INTERVAL} steps at the same step; "
         f"{len(runs['none'].seconds)} steps each, in turns.",
         "",
@@ -102,6 +129,7 @@ def main() -> None:
             f"{1000 * longest:.0f} | {longest / base:.2f} | {latency:.2f} | {memory} |"
         )
         run.optimizer.close()
+    lines += ["", f"The training thread's Python runs at {interpreter_rate():.2f} of its rate while a thread computes."]
     print("\n".join(lines))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", help="only those whose name begins so")
     parser.add_argument("--output", type=Path, help="also write the table here")
     arguments = parser.parse_args()
+    where = machine()
     images = digits()
     task = autoencoder(250, images)
     everyone = [*contenders(), shampoo("ours, short run", **SHORT)]
@@ -150,7 +151,7 @@ def main() -> None:
     lines = [
         "# Time to AdamW's final loss: autoencoder, batch 250",
         "",
-        f"{machine()}.",
+        f"{where}.",
         f"Target: {target:.1f}, where AdamW's best run of {LONGEST} steps ends. Three seeds in turns.",
         "",
         "| | best lr | steps | loss there | seconds | AdamW foreach's seconds / its own | loss after 400 steps (lr) |",

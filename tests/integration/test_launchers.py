@@ -1,0 +1,103 @@
+"""Worker processes under the launchers people use: the program runs once per rank, and workers come and go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLAIN = """
+import os, torch
+print("running", os.environ.get("RANK", "0"), flush=True)
+from lightning_soo import Shampoo
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = torch.nn.Linear(30, 30)
+"""
+LOOP = """
+for step in range(8):
+    optimizer.zero_grad()
+    loss = net(torch.randn(4, 30)).square().mean()
+    {backward}
+    optimizer.step()
+inner = getattr(optimizer, "optimizer", optimizer)
+assert inner.diagnostics()["condition_number"] > 1
+assert inner._refresher.executor.kind == "process"
+inner.close()
+print("done", os.environ.get("RANK", "0"), flush=True)
+"""
+ONE = (
+    PLAIN
+    + """
+optimizer = Shampoo(net, precondition_frequency=2, workers="process")
+"""
+    + LOOP.format(backward="loss.backward()")
+)
+ACCELERATE = (
+    PLAIN
+    + """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+optimizer = Shampoo(net, precondition_frequency=2, workers="process")
+net, optimizer = accelerator.prepare(net, optimizer)
+"""
+    + LOOP.format(backward="accelerator.backward(loss)")
+    + """
+accelerator.end_training()
+"""
+)
+LIGHTNING = (
+    PLAIN.replace('os.environ.get("RANK", "0")', 'os.environ.get("LOCAL_RANK", "0")')
+    + """
+import lightning as L
+from lightning_soo.callbacks import SecondOrder
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+callback = SecondOrder(precondition_frequency=2, workers="process")
+trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, callbacks=[callback],
+                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(64, 30), batch_size=4))
+assert trainer.optimizers[0].diagnostics()["condition_number"] > 1
+print("done", os.environ.get("LOCAL_RANK", "0"), flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+)
+ACCELERATE_LAUNCH = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program", "ranks"),
+    [("stdin", ONE, 1), ("accelerate", ACCELERATE, 2), ("lightning", LIGHTNING, 2)],
+)
+def test_the_program_runs_once_per_rank(tmp_path: Path, launcher: str, program: str, ranks: int) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(program)
+    command = {"stdin": ["-"], "accelerate": [*ACCELERATE_LAUNCH, str(script)], "lightning": [str(script)]}[launcher]
+    run = subprocess.run(
+        [sys.executable, *command],
+        input=program if launcher == "stdin" else None,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = sorted(line for line in run.stdout.splitlines() if line.startswith(("running", "done")))
+    assert lines == sorted(f"{word} {rank}" for word in ("running", "done") for rank in range(ranks))

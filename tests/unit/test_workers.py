@@ -1,0 +1,147 @@
+"""Which workers are chosen, from which cores, and what is said when they cannot keep up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_soo import RefreshError, Shampoo, WorkerOptions
+from lightning_soo.refresh import workers
+from lightning_soo.refresh.cores import available_cores
+from lightning_soo.refresh.workers import Machine, make_executor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import job_functions  # noqa: F401 - found by workers through this path
+
+
+@pytest.mark.parametrize(
+    ("cores", "machine", "delay", "milliseconds", "kind", "count"),
+    [
+        (2, Machine(trainer_cores=2), None, 500.0, "thread", 1),  # a laptop: no core is spare
+        (2, Machine(trainer_cores=1), None, 500.0, "process", 1),
+        (2, Machine(trainer_cores=1, data_workers=1), None, 500.0, "thread", 1),
+        (96, Machine(ranks=8, trainer_cores=1, data_workers=4), None, 500.0, "process", 7),  # beside GPUs
+        (96, Machine(trainer_cores=1), None, 500.0, "process", 8),
+        (96, Machine(ranks=8, trainer_cores=1), None, 0.5, "inline", 0),  # tiny blocks
+        (2, Machine(trainer_cores=2), 0, 500.0, "thread", 2),  # the step waits anyway
+        (2, Machine(ranks=2, trainer_cores=1), 0, 500.0, "inline", 0),
+        (1, Machine(ranks=4), 3, 500.0, "thread", 1),
+    ],
+)
+def test_automatic_choice(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    machine: Machine,
+    delay: int | None,
+    milliseconds: float,
+    kind: str,
+    count: int,
+) -> None:
+    monkeypatch.setattr(workers, "available_cores", lambda: cores)
+    found, reason = make_executor(WorkerOptions(), machine, refresh_milliseconds=milliseconds, refresh_delay=delay)
+    assert found.kind == kind and reason
+    assert getattr(found, "_count", 0) == count
+
+
+def test_without_shared_memory_threads_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    options = WorkerOptions(kind="process", count=3)
+    with caplog.at_level(logging.WARNING):
+        found, _ = make_executor(options, Machine(), refresh_milliseconds=500.0, refresh_delay=None)
+    assert found.kind == "thread" and "Linux" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "group", "expected"),
+    [
+        ({"cpu.max": "150000 100000", "a/cpu.max": "max 100000"}, "0::/a", 1.5),
+        ({"a/cpu.max": "max 100000", "a/b/cpu.max": "400000 100000"}, "0::/a/b", 4.0),
+        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+         "4:cpu,cpuacct:/x", 3.0),
+        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "-1", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+         "4:cpu,cpuacct:/x", 1e9),
+        ({"memory/x/cpu.max": "100000 100000"}, "4:memory:/x", 1e9),
+        ({}, "nothing", 1e9),
+    ],
+)  # fmt: skip
+def test_quotas_of_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], group: str, expected: float
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    membership = tmp_path / "self"
+    if group != "nothing":
+        membership.write_text(group + "\n")
+    assert available_cores(tmp_path / "cgroup", membership) == min(64, max(1, int(expected)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "proces"}, "process"), ({"counts": 2}, "count"), ({"count": 0}, "count=0"),
+        ({"threads_per_worker": 0}, "threads_per_worker=0"), ({"nice": -1}, "nice=-1"), ({"cpus": []}, "at least one"),
+        ({"cpus": [100_000]}, "100000"), ({"deadline": 0}, "deadline=0"), ({"max_restarts": -1}, "max_restarts=-1"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WorkerOptions.parse(options)
+
+
+def train(monkeypatch: pytest.MonkeyPatch, function: str, steps: int = 40, **options: Any) -> Shampoo:
+    """A run whose roots are computed by a function of job_functions."""
+    from dataclasses import replace
+
+    from lightning_soo.preconditioners.kronecker import KroneckerStatistics
+
+    original = KroneckerStatistics.root_job
+
+    def root_job(self: KroneckerStatistics, **given: Any) -> Any:
+        return replace(
+            original(self, **given),
+            function=f"job_functions:{function}",
+            options={"seconds": 0.03} if function == "slow" else {},
+        )
+
+    monkeypatch.setattr(KroneckerStatistics, "root_job", root_job)
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    optimizer = Shampoo(net, precondition_frequency=2, start_preconditioning_step=1, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_refreshes_that_cannot_keep_up_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        optimizer = train(monkeypatch, "slow", workers=kind)
+    assert caplog.text.count("cannot keep up") == 1 and "precondition_frequency (2)" in caplog.text
+    assert optimizer.diagnostics()["refresh_wait_seconds"] > 0.1
+    optimizer.close()
+
+
+@pytest.mark.parametrize("kind", ["inline", "thread", "process"])
+@pytest.mark.parametrize("function", ["fail", "not_finite", "wrong_shape"])
+def test_failures_keep_the_previous_root_and_then_raise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str, function: str
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(RefreshError, match="weight/0:6x0:6: 3 refreshes in a row"):
+        train(monkeypatch, function, workers={"kind": kind, "max_failures": 3})
+    assert caplog.text.count("the previous root stays in use") == 3
