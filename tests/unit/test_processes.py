@@ -296,3 +296,14 @@ def test_regions_of_the_arena_never_overlap(moves: list[tuple[bool, int]]) -> No
         arena.release(offset)
     assert len(arena._free) <= 1 and not arena._taken
     arena.close()
+
+
+def test_pinned_and_polite() -> None:
+    core = sorted(os.sched_getaffinity(0))[-1]
+    executor = ProcessExecutor(1, cpus=[core], nice=5)
+    executor.submit("a", other_job("double"))
+    executor.result("a")
+    (pid,) = executor.processes
+    assert os.sched_getaffinity(pid) == {core}
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    executor.close()
