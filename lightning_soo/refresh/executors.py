@@ -78,7 +78,7 @@ class ThreadExecutor:
 
     kind = "thread"
 
-    def __init__(self, count: int = 1, deadline: float = 300.0) -> None:
+    def __init__(self, count: int = 1, deadline: float = 120.0) -> None:
         """Args: deadline: seconds to wait for a late result before computing it in the calling thread instead."""
         self._count = count
         self._deadline = deadline

@@ -75,7 +75,7 @@ class ProcessExecutor:
         count: int,
         *,
         threads: int = 1,
-        deadline: float = 300.0,
+        deadline: float = 120.0,
         max_restarts: int = 5,
         cpus: Sequence[int] | None = None,
         nice: int = 0,

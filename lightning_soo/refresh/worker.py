@@ -98,9 +98,11 @@ def run(command: dict[str, Any], arena: Arena) -> dict[str, Any]:
             np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)[...] = array
             outputs.append([offset, array.shape, array.dtype.str])
             offset += -(-array.nbytes // 8) * 8
+        diagnostics = {key: float(value) for key, value in diagnostics.items()}
         error = ""
     except Exception as raised:  # MemoryError and whatever a user's function does, too
-        outputs, diagnostics, error = [], getattr(raised, "diagnostics", {}), f"{type(raised).__name__}: {raised}"
+        outputs, error = [], f"{type(raised).__name__}: {raised}"
+        diagnostics = getattr(raised, "diagnostics", {})
     return {
         "id": command["id"],
         "outputs": outputs,

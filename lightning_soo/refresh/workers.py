@@ -44,7 +44,7 @@ class WorkerOptions:
     threads_per_worker: int = 1
     cpus: tuple[int, ...] | None = None
     nice: int = 0
-    deadline: float = 300.0
+    deadline: float = 120.0
     max_restarts: int = 5
     max_failures: int = 5
 
