@@ -12,8 +12,14 @@ from torch import nn
 from lightning_soo import Shampoo
 
 BETAS = (0.9, 0.99)
-# the settings the README recommends where steps are cheap: half the bytes, a fifth of the statistics
-ECONOMICAL = {"precondition_frequency": 50, "statistics_frequency": 5, "compute_dtype": "bfloat16"}
+# the settings the README recommends where steps should cost less: bfloat16 products, a fifth of the statistics, and the
+# first roots as soon as eight gradients are seen
+ECONOMICAL = {
+    "precondition_frequency": 50,
+    "statistics_frequency": 5,
+    "start_preconditioning_step": 8,
+    "compute_dtype": "bfloat16",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contenders import Contender, contenders, shampoo
+from contenders import Contender, contenders
 from measure import machine
 from tasks import Task, autoencoder, digits
 
@@ -30,13 +30,6 @@ LONGEST = 400
 HORIZONS = (32, 40, 48, 64, 96, 160, 256, LONGEST)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 START = (3, 6)  # the part of the ladder that everyone gets first: 3e-4, 1e-3, 2e-3
-# a run of a few hundred steps: the first roots as soon as a handful of gradients is seen
-SHORT = {
-    "precondition_frequency": 50,
-    "statistics_frequency": 2,
-    "start_preconditioning_step": 8,
-    "compute_dtype": "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def main() -> None:
     where = machine()
     images = digits()
     task = autoencoder(250, images)
-    everyone = [*contenders(), shampoo("ours, short run", **SHORT)]
+    everyone = contenders()
     chosen = [c for c in everyone if not arguments.contenders or c.name.startswith(tuple(arguments.contenders))]
     chosen = [everyone[0], *(c for c in chosen if c is not everyone[0])]
 

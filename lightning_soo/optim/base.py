@@ -100,9 +100,9 @@ class SecondOrderOptimizer(StatefulOptimizer):
 
     def _observe(self, members: list[Member]) -> None:
         assert self._refresher is not None
-        interval = self.options.statistics_frequency
         if not self._refresher.schedule.observes(self.steps):
             return
+        interval = self.steps - self._refresher.schedule.observed_before(self.steps)
         for member in members:
             if not member.blocks:
                 continue

@@ -48,19 +48,21 @@ class ReferenceShampoo:
     left: Any = 0.0
     right: Any = 0.0
     weights: float = 0.0
+    observed: int = 0
 
     def step(self, gradient: Array) -> None:
         self.t += 1
         beta1, beta2 = self.betas
         g = gradient if self.decoupled_weight_decay else gradient + self.weight_decay * self.x
         self.gradients.append(g)
-        if self.t == 1 or self.t % self.statistics_frequency == 0:
-            decay = beta2**self.statistics_frequency
+        start = self.start_preconditioning_step
+        if self.t == 1 or self.t % self.statistics_frequency == 0 or start - 8 < self.t <= start:
+            decay = beta2 ** (self.t - self.observed)
+            self.observed = self.t
             weight = 1.0 - decay if beta2 < 1 else 1.0
             self.left = decay * self.left + weight * g @ g.T
             self.right = decay * self.right + weight * g.T @ g
             self.weights = decay * self.weights + weight if beta2 < 1 else 1.0
-        start = self.start_preconditioning_step
         if self.t == start or (self.t > start and self.t % self.precondition_frequency == 0):
             correction = self.weights if self.use_bias_correction else 1.0
             p = self.exponent_override or 4.0

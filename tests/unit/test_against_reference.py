@@ -16,7 +16,7 @@ from lightning_soo import Shampoo
 sys.path.insert(0, str(Path(__file__).parent))
 from reference_shampoo import ReferenceShampoo
 
-STEPS, SHAPE = 14, (5, 4)
+STEPS, SHAPE = 24, (5, 4)
 
 
 def compare(options: dict[str, Any], **ours: Any) -> None:
@@ -53,8 +53,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "use_bias_correction": draw(st.booleans()),
         "precondition_frequency": draw(st.integers(1, 5)),
         "refresh_delay": draw(st.integers(0, 6)),
-        "statistics_frequency": draw(st.integers(1, 3)),
-        "start_preconditioning_step": draw(st.integers(1, 4)),
+        "statistics_frequency": draw(st.integers(1, 5)),
+        "start_preconditioning_step": draw(st.integers(1, 14)),
         "exponent_override": draw(st.sampled_from([None, 2.0, 8.0])),
         "grafting": draw(
             st.sampled_from(
