@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine
+from measure import machine, report
 from tasks import Task, autoencoder, digits
 
 from lightning_soo import Shampoo
@@ -130,10 +130,7 @@ def main() -> None:
         )
         run.optimizer.close()
     lines += ["", f"The training thread's Python runs at {interpreter_rate():.2f} of its rate while a thread computes."]
-    print("\n".join(lines))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text("\n".join([*lines, ""]))
+    report(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -62,3 +62,11 @@ def machine() -> str:
         f"model {fields.get('model', '?')}; {' '.join(flags)}), {torch.get_num_threads()} threads; "
         f"torch {torch.__version__}, lightning {lightning.__version__}, numpy {np.__version__}; commit {commit}"
     )
+
+
+def report(lines: list[str], output: Path | None) -> None:
+    """Print a table, and write it where asked."""
+    print("\n".join(lines))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join([*lines, ""]))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from contenders import Contender, contenders
-from measure import machine
+from measure import machine, report
 from tasks import Task, autoencoder, digits
 
 from lightning_soo import Shampoo
@@ -163,10 +163,7 @@ def main() -> None:
             f"{statistics.median(seconds[name]):.1f} | {statistics.median(ratios):.2f} "
             f"[{min(ratios):.2f}, {max(ratios):.2f}] | {final} |"
         )
-    print("\n".join(lines))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text("\n".join([*lines, ""]))
+    report(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker_ddp
@@ -23,17 +22,7 @@ def one_process() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ddp_equals_one_process(ranks: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(Path(__file__).parent / "worker_ddp.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun(worker_ddp.__file__, ranks, tmp_path)
     expected = one_process()
     for rank in range(ranks):
         for a, b in zip(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), expected, strict=True):

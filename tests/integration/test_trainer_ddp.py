@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from launching import torchrun
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,16 +24,7 @@ from worker_trainer import BATCH, COMBINATIONS, EPOCHS, OPTIONS, RANKS
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two ranks wrote; they are started once."""
     out = tmp_path_factory.mktemp("world")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    run = subprocess.run(
-        [*command, str(Path(worker_trainer.__file__)), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun(worker_trainer.__file__, RANKS, out)
     return out
 
 
