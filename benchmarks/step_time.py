@@ -80,7 +80,7 @@ class Runner:
                 seconds += 2 * flops / rates[dtype]
                 seconds += flops / rates["float32"] / options.statistics_frequency
                 roots = sum((order / 1000) ** 3 for order in dims) * rates["eigh"]
-                seconds += roots / options.precondition_frequency
+                seconds += roots / options.precondition_frequency.max
         return 1000 * seconds
 
 
