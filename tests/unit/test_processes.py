@@ -132,7 +132,7 @@ def test_two_deadlines_later_the_trainer_computes_it() -> None:
     executor = ProcessExecutor(1, deadline=0.3)
     executor.submit("a", other_job("slow", seconds=0.8))
     assert executor.result("a").arrays[0][2, 3] == 22.0
-    assert executor.restarts == 2 or executor.restarts == 1
+    assert executor.restarts == 2
     executor.submit("b", root_job(10))
     assert np.array_equal(executor.result("b").arrays[0], run_job(root_job(10)).arrays[0])
     executor.close()
