@@ -148,8 +148,11 @@ class SecondOrderOptimizer(StatefulOptimizer):
                 block.observe(
                     member.view(gradient, block.block.ranges), decay=decay, weight=weight, magnitude=member.magnitude
                 )
-        arriving = self._assembly.arrive(part, lambda member: member.magnitude > 0, lambda member: member.gradient)
-        for bucket, units in arriving:
+
+        def source(member: Member) -> Tensor | None:
+            return member.gradient if member.magnitude > 0 else None
+
+        for bucket, units in self._assembly.arrive(part, lambda member: member.magnitude > 0, source):
             for traveller in bucket.travellers:
                 member = self._members[traveller.parameter]
                 if traveller.key not in units or not member.magnitude > 0:
