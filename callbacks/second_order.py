@@ -52,11 +52,16 @@ class SecondOrder(pl.Callback):
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = second_order_optimizers(trainer)
-        if not found:
+        if not second_order_optimizers(trainer):
             raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the plan: only now the Trainer has asked a data module for its loaders, whose processes take cores.
+
+        A checkpoint is loaded before; the optimizers keep it until they have a plan.
+        """
         group = getattr(trainer.strategy.model, "process_group", None)
-        for optimizer in found:
+        for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
             optimizer.attach(pl_module, "ddp" if trainer.world_size > 1 else "single", group)
             rank_zero_info(optimizer.plan_table())
@@ -97,9 +102,8 @@ def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
 
 
 def data_workers(trainer: pl.Trainer) -> int:
-    """Data loading processes of this rank, as far as is known before the first batch: of a loader given to ``fit``."""
-    loaders = getattr(trainer.fit_loop._data_source, "instance", None)
-    return sum(loader.num_workers for loader in tree_iter(loaders) if isinstance(loader, DataLoader))
+    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
+    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))
 
 
 def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
