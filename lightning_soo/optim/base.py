@@ -135,6 +135,7 @@ class SecondOrderOptimizer(StatefulOptimizer):
         assert self._refresher is not None and self._assembly is not None
         if not self._refresher.schedule.observes(self.steps):
             return
+        self._refresher.background.fence()
         interval = self.steps - self._refresher.schedule.observed_before(self.steps)
         for member in members:
             # betas[1] is the decay of one step, whatever the interval
