@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_soo.linalg.norms import largest_magnitude, squared_norm
+from lightning_soo.linalg.norms import largest_magnitude
 from lightning_soo.optim import grafting
+from lightning_soo.optim.directions import DirectedOptimizer
 from lightning_soo.optim.members import Member
-from lightning_soo.optim.stateful import StatefulOptimizer
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.jobs import Job
 
-_ZERO = torch.tensor(0.0, dtype=torch.float64)  # of ranks that have nothing to add
 
-
-class SecondOrderOptimizer(StatefulOptimizer):
+class SecondOrderOptimizer(DirectedOptimizer):
     """Base of the preconditioned optimizers; construct a subclass.
 
     ``step()`` overwrites ``.grad`` with the direction (no copy of the parameters is needed for it), so read gradients
@@ -179,122 +177,6 @@ class SecondOrderOptimizer(StatefulOptimizer):
             relative_eps=self.options.relative_eps,
         )
 
-    def _precondition(self, part: int, members: list[Member]) -> None:
-        """Write each parameter's direction over its gradient and find its scale; one host synchronisation in all."""
-        options = self.options
-        gradient_norms = self._gradient_norms(members)
-        grafts: dict[tuple[str, str], Tensor] = {}
-        filtered_of: dict[int, Tensor] = {}
-        for member in members:
-            local = member.local_state(self.state[member.tensor])
-            graft = self._scratch_like(member.gradient)
-            filtered, correction = grafting.update(
-                options.grafting,
-                member.gradient,
-                local,
-                member.group,
-                beta2=float(member.group["betas"][1]) if options.grafting_beta2 is None else options.grafting_beta2,
-                use_bias_correction=options.use_bias_correction,
-                gradient_norm=gradient_norms.get(member.name, 0.0),
-                out=graft,
-            )
-            if member.counter is not None:
-                step = self.state[member.tensor]["step"]
-                step.copy_(torch.maximum(step, member.counter))
-            member.scale = 1.0
-            if not member.is_ready:
-                member.gradient.copy_(graft)
-                continue
-            if options.grafting is None:
-                member.scale = correction
-            else:
-                grafts |= self._squares(member, graft)
-            filtered_of[id(member)] = filtered
-            self._precondition_whole_blocks(member, filtered)
-        self._precondition_travellers(part, filtered_of)
-        if options.grafting is not None:
-            self._graft([member for member in members if member.is_ready], grafts)
-
-    def _precondition_whole_blocks(self, member: Member, filtered: Tensor) -> None:
-        """Blocks that lie in this rank's fragment: straight from the filter to the gradient's storage."""
-        source = filtered.contiguous()
-        in_place = member.gradient.is_contiguous()
-        target = member.gradient if in_place else torch.empty_like(source, memory_format=torch.contiguous_format)
-        for block in member.whole_blocks:
-            box = block.block.ranges
-            member.view(target, box).copy_(block.precondition(member.view(source, box)))
-        if not in_place:
-            member.gradient.copy_(target)
-
-    def _precondition_travellers(self, part: int, filtered_of: dict[int, Tensor]) -> None:
-        """Blocks in pieces: assembled at their homes, and their directions brought back."""
-        assert self._assembly is not None and self._refresher is not None
-
-        def moves(member: Member) -> bool:
-            return member.magnitude > 0 and member.is_ready
-
-        def target(member: Member) -> Tensor:
-            return member.gradient
-
-        for bucket, units in self._assembly.arrive(part, moves, lambda member: filtered_of.get(id(member))):
-            directions = {
-                traveller.key: self._refresher.blocks[traveller.key].precondition(units[traveller.key])
-                for traveller in bucket.travellers
-                if traveller.key in units and moves(self._members[traveller.parameter])
-            }
-            self._assembly.give_back(bucket, directions, target)
-        self._assembly.finish(target)
-
-    def _squares(self, member: Member, local: Tensor) -> dict[tuple[str, str], Tensor]:
-        """Sums of squares of this rank's elements, of the parameter or of each of its blocks."""
-        if self.options.grafting_norm == "parameter":
-            return {(member.name, ""): squared_norm(local) if member.counts and local.numel() else _ZERO}
-        local = local.contiguous()
-        found: dict[tuple[str, str], Tensor] = {}
-        for block in member.blocks:
-            squares = [squared_norm(member.view(local, box)) for box in member.local_pieces(block)]
-            found[member.name, block.block.key] = sum(squares, _ZERO) if member.counts else _ZERO
-        return found
-
-    def _totals(self, squares: Sequence[Tensor]) -> list[float]:
-        """Sums over the ranks that share one copy of the model; the same bits on all ranks."""
-        if not squares:
-            return []
-        device = next((value.device for value in squares if value is not _ZERO), _ZERO.device)
-        values = torch.stack([value.to(device) for value in squares])
-        if self._plan is not None and self._plan.table.shards > 1:
-            values = self._transport.total(values)
-        return values.tolist()
-
-    def _gradient_norms(self, members: list[Member]) -> dict[str, float]:
-        """Norms of whole gradients, for the grafts that divide by them."""
-        if not grafting.normalizes(self.options.grafting):
-            return {}
-        squares = [squared_norm(m.gradient) if m.counts and m.gradient.numel() else _ZERO for m in members]
-        return {member.name: value**0.5 for member, value in zip(members, self._totals(squares), strict=True)}
-
-    def _graft(self, members: list[Member], grafts: dict[tuple[str, str], Tensor]) -> None:
-        """Give each direction the size of the graft's step."""
-        directions: dict[tuple[str, str], Tensor] = {}
-        for member in members:
-            directions |= self._squares(member, member.gradient)
-        values = self._totals([*grafts.values(), *directions.values()])
-        ratios = {
-            key: _ratio(graft**0.5, direction**0.5)
-            for key, graft, direction in zip(grafts, values, values[len(grafts) :], strict=False)
-        }
-        for member in members:
-            if self.options.grafting_norm == "parameter":
-                member.scale = ratios[member.name, ""]
-                continue
-            in_place = member.gradient.is_contiguous()
-            target = member.gradient if in_place else member.gradient.contiguous()
-            for block in member.blocks:
-                for box in member.local_pieces(block):
-                    member.view(target, box).mul_(ratios[member.name, block.block.key])
-            if not in_place:
-                member.gradient.copy_(target)
-
     def _apply(self, members: list[Member]) -> None:
         for member in members:
             group, parameter, direction = member.group, member.parameter(), member.gradient
@@ -313,15 +195,6 @@ class SecondOrderOptimizer(StatefulOptimizer):
                 scale = 1.0
             parameter.add_(direction, alpha=-lr * scale)
             member.gradient = torch.empty(0)
-
-    def _scratch_like(self, tensor: Tensor) -> Tensor:
-        """Memory for one graft direction at a time, of the largest parameter's size."""
-        key = (tensor.device, tensor.dtype)
-        buffer = self._scratch.get(key)
-        if buffer is None or buffer.numel() < tensor.numel():
-            largest = max(m.fragment.stop - m.fragment.start for m in self._members)
-            buffer = self._scratch[key] = torch.empty(largest, dtype=tensor.dtype, device=tensor.device)
-        return buffer[: tensor.numel()].as_strided(tensor.shape, tensor.stride())
 
     def diagnostics(self) -> dict[str, float]:
         """Figures for a logger, equal on all ranks; empty of refresh figures before the first roots are in."""
@@ -344,10 +217,3 @@ class SecondOrderOptimizer(StatefulOptimizer):
                 "staleness": self.steps - min(block.diagnostics["started"] for block in blocks),
             }
         return figures
-
-
-def _ratio(graft: float, direction: float) -> float:
-    """``||d|| / ||D||``; a direction without a finite size does not move."""
-    if not direction > 0.0 or direction == float("inf"):
-        return 0.0
-    return graft / direction

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_soo.optim import grafting
+from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.placement.boxes import Box, flat_span, pieces, slices, strides
-from lightning_soo.placement.fragments import Fragment
-from lightning_soo.placement.plan import PlannedParameter
-from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.placement.fragments import Fragment, to_local
+from lightning_soo.placement.layout import Layout
+from lightning_soo.placement.overrides import ParameterSpec
+from lightning_soo.placement.plan import Plan, PlannedParameter, Unit
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 
 
 @dataclass(eq=False)
@@ -98,3 +104,60 @@ class Member:
             strides(self.merged_shape),
             local.storage_offset() + first - self.fragment.start,
         )
+
+
+def make_members(
+    plan: Plan,
+    layout: Layout,
+    groups: Sequence[dict[str, Any]],
+    states: MutableMapping[Tensor, grafting.State],
+    options: ShampooOptions,
+    *,
+    rank: int,
+    previous: Sequence[Member],
+) -> list[Member]:
+    """The members of a plan on one rank; blocks and counters of an earlier plan go on.
+
+    Args:
+        groups: parameter groups, as ``layout`` numbers them.
+        states: the optimizer's state; what the graft needs is created in it now, so that every engine saves it.
+    """
+    old = {block.block.key: block for member in previous for block in member.blocks}
+    counters = {member.name: member.counter for member in previous if member.counter is not None}
+    sharing = Counter(id(fragment.tensor) for fragment in layout.fragments)
+    members = []
+    for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
+        blocks = [old.get(unit.key) or _new_block(unit, fragment, planned.spec, options) for unit in planned.units]
+        for unit, block in zip(planned.units, blocks, strict=True):
+            if unit.place.keeper == rank and block.statistics is None:
+                block.statistics = KroneckerStatistics.zeros(
+                    unit.block, dtype=block.statistics_dtype, device=block.device
+                )
+        here = [rank in unit.homes and not unit.place.travels for unit in planned.units]
+        group = groups[layout.groups[index]]
+        if planned.spec.requires_grad:
+            grafting.initialise(states[fragment.tensor], fragment.tensor, options.grafting, group)
+        member = Member(
+            fragment=fragment,
+            group=group,
+            group_number=layout.groups[index],
+            planned=planned,
+            blocks=blocks,
+            whole_blocks=[block for block, is_here in zip(blocks, here, strict=True) if is_here],
+            counts=plan.table.counts(rank, index, math.prod(fragment.shape)),
+        )
+        if sharing[id(fragment.tensor)] > 1:
+            step = states[fragment.tensor].get("step", torch.tensor(0.0))
+            member.counter = counters.get(member.name, step.clone())
+        members.append(member)
+    return members
+
+
+def _new_block(unit: Unit, fragment: Fragment, spec: ParameterSpec, options: ShampooOptions) -> KroneckerBlock:
+    return KroneckerBlock(
+        block=unit.block,
+        exponent=options.exponent_override or 2.0 * len(unit.block.dims),
+        compute_dtype=options.root_dtype(spec.dtype),
+        statistics_dtype=options.statistics_dtype(spec.dtype),
+        device=to_local(fragment.tensor).device,
+    )

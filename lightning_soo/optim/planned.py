@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,23 +12,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
-from lightning_soo.optim import grafting
 from lightning_soo.optim.assembly import Assembly
-from lightning_soo.optim.members import Member
+from lightning_soo.optim.members import Member, make_members
 from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_group
-from lightning_soo.optim.refreshing import Refresher
+from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
+from lightning_soo.placement.blocks import BlockRules
 from lightning_soo.placement.costs import refresh_milliseconds
-from lightning_soo.placement.fragments import to_local
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
-from lightning_soo.placement.plan import Plan, Unit, build_plan
+from lightning_soo.placement.plan import Plan, build_plan
 from lightning_soo.placement.table import plan_table
-from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
+from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
-from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
 from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree
 
@@ -153,14 +149,17 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
         self._model = weakref.ref(model)
 
-    def _build_plan(self, layout: Layout | None = None, table: FragmentTable | None = None) -> Plan:
-        """The plan of all ranks; without a table that of one rank alone."""
+    def _build_plan(
+        self, layout: Layout | None = None, table: FragmentTable | None = None, rules: BlockRules | None = None
+    ) -> Plan:
+        """The plan of all ranks; without a table that of one rank alone, and with other rules to compare."""
         options = self.options
         layout = layout or self._layout or self._read_layout()
-        previous = {unit.key: unit.place for unit in self._plan.units} if self._plan and table is not None else None
+        keep = self._plan is not None and table is not None and rules is None
+        previous = {unit.key: unit.place for unit in self._plan.units} if keep and self._plan else None
         plan = build_plan(
             layout.specs,
-            options.block_rules,
+            rules or options.block_rules,
             overrides=options.overrides,
             table=table,
             precondition_frequency=options.precondition_frequency.max,
@@ -181,101 +180,52 @@ class PlannedOptimizer(torch.optim.Optimizer):
         return options.root_dtype(spec.dtype).itemsize, options.statistics_dtype(spec.dtype).itemsize
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
-        rank, groups = self._transport.rank, self._groups()
-        old = {block.block.key: block for member in self._members for block in member.blocks}
-        counters = {member.name: member.counter for member in self._members if member.counter is not None}
-        sharing = Counter(id(fragment.tensor) for fragment in layout.fragments)
-        members: list[Member] = []
-        blocks: dict[str, KroneckerBlock] = {}
-        for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
-            own = [self._block(unit, fragment.tensor, planned.spec, old) for unit in planned.units]
-            blocks |= {block.block.key: block for block in own}
-            homes = [rank in unit.homes and not unit.place.travels for unit in planned.units]
-            group = groups[layout.groups[index]]
-            if planned.spec.requires_grad:
-                grafting.initialise(self.state[fragment.tensor], fragment.tensor, self.options.grafting, group)
-            member = Member(
-                fragment=fragment,
-                group=group,
-                group_number=layout.groups[index],
-                planned=planned,
-                blocks=own,
-                whole_blocks=[block for block, here in zip(own, homes, strict=True) if here],
-                counts=plan.table.counts(rank, index, math.prod(fragment.shape)),
-            )
-            if sharing[id(fragment.tensor)] > 1:
-                step = self.state[fragment.tensor].get("step", torch.tensor(0.0))
-                member.counter = counters.get(member.name, step.clone())
-            members.append(member)
-        refresher = self._make_refresher(plan, blocks)
+        transport = self._transport
+        members = make_members(
+            plan, layout, self._groups(), self.state, self.options, rank=transport.rank, previous=self._members
+        )
+        blocks = {block.block.key: block for member in members for block in member.blocks}
+        if self._refresher is None:
+            background = self._make_background(plan, blocks)
+        else:
+            background = self._refresher.background
+        refresher = Refresher(
+            plan=plan,
+            blocks=blocks,
+            schedule=make_schedule(self.options, plan),
+            background=background,
+            transport=transport,
+            max_failures=self.options.workers.max_failures,
+        )
         if self._refresher is not None:
             self._refresher.hand_over(refresher)
-        copy = plan.table.copy_of(rank)
+        copy = plan.table.copy_of(transport.rank)
         in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
-        if len(copy) == self._transport.size:
-            in_copy = self._transport
+        if len(copy) == transport.size:
+            in_copy = transport
         self._plan, self._layout, self._members, self._refresher = plan, layout, members, refresher
         self._assembly = Assembly(plan, members, in_copy)
         self._signature = self._current_signature()
         self._store.install(members, refresher)
 
-    def _block(
-        self, unit: Unit, tensor: Tensor, spec: ParameterSpec, old: Mapping[str, KroneckerBlock]
-    ) -> KroneckerBlock:
-        options = self.options
-        block = old.get(unit.key) or KroneckerBlock(
-            block=unit.block,
-            exponent=options.exponent_override or 2.0 * len(unit.block.dims),
-            compute_dtype=options.root_dtype(spec.dtype),
-            statistics_dtype=options.statistics_dtype(spec.dtype),
-            device=to_local(tensor).device,
-        )
-        if unit.place.keeper == self._transport.rank and block.statistics is None:
-            block.statistics = KroneckerStatistics.zeros(unit.block, dtype=block.statistics_dtype, device=block.device)
-        return block
-
-    def _make_refresher(self, plan: Plan, blocks: dict[str, KroneckerBlock]) -> Refresher:
+    def _make_background(self, plan: Plan, blocks: Mapping[str, KroneckerBlock]) -> Background:
         options, transport = self.options, self._transport
-        if self._refresher is None:
-            machine = Machine(
-                ranks=transport.ranks_on_this_machine(),
-                trainer_cores=torch.get_num_threads()
-                if any(block.device.type == "cpu" for block in blocks.values())
-                else 1,
-                data_workers=0,
+        on_cpu = any(block.device.type == "cpu" for block in blocks.values())
+        ranks = transport.ranks_on_this_machine()
+        mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
+
+        def make() -> Executor:
+            executor, self._executor_reason = make_executor(
+                options.workers,
+                Machine(
+                    ranks=ranks, trainer_cores=torch.get_num_threads() if on_cpu else 1, data_workers=self.data_workers
+                ),
+                refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
+                refresh_delay=options.refresh_delay,
             )
-            mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
+            return executor
 
-            def make() -> Executor:
-                executor, self._executor_reason = make_executor(
-                    options.workers,
-                    replace(machine, data_workers=self.data_workers),
-                    refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
-                    refresh_delay=options.refresh_delay,
-                )
-                return executor
-
-            background = Background(make)
-        else:
-            background = self._refresher.background
-        schedule = RefreshSchedule(
-            interval=options.precondition_frequency,
-            delay=options.refresh_delay,
-            start=options.start,
-            gather=options.gather_frequency or 1,
-            statistics=options.statistics_frequency,
-            offsets=stagger_offsets([unit.block for unit in plan.units], options.precondition_frequency.max)
-            if options.stagger
-            else {},
-        )
-        return Refresher(
-            plan=plan,
-            blocks=blocks,
-            schedule=schedule,
-            background=background,
-            transport=transport,
-            max_failures=options.workers.max_failures,
-        )
+        return Background(make)
 
     def _current_signature(self) -> tuple[object, ...]:
         """Changes when parameters are added, replaced, frozen or unfrozen: then the plan is built anew."""
@@ -297,9 +247,21 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if engine == "dense":
             engine = "ddp" if plan.ranks > 1 else "single"
         table = plan_table(plan, engine=engine, method=self.method, graft=self.options.grafting or "sgd")
+        if plan.exchange_bytes:
+            table += f"\n{self._without_traffic(plan)}"
         if self._refresher is not None and plan is self._plan:
             _ = self._refresher.executor  # so that the reason is known
         return f"{table}\nroots: {self._executor_reason or self.options.workers.kind}"
+
+    def _without_traffic(self, plan: Plan) -> str:
+        """The largest block size with which nothing but small reductions would travel in every step."""
+        size = self.options.max_preconditioner_dim // 2
+        while size >= 16:
+            rules = replace(self.options.block_rules, max_preconditioner_dim=size)
+            if not self._build_plan(self._layout, plan.table, rules).exchange_bytes:
+                return f"with max_preconditioner_dim={size} no gradient would travel"
+            size //= 2
+        return "no smaller max_preconditioner_dim down to 16 would keep all gradients where they are"
 
     def state_bytes(self) -> int:
         """Bytes of preconditioner state on this rank: what ``plan.state_bytes[rank]`` predicts."""

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from lightning_soo.optim.gathering import Gathering, InFlight, exchange_statistics
+from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.optim.outcomes import Outcome
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.jobs import Job
-from lightning_soo.refresh.schedule import RefreshSchedule
+from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
 from lightning_soo.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -230,3 +231,16 @@ class Refresher:
             "restarts": outcome.restarts,
             "started": float(entry.started),
         }
+
+
+def make_schedule(options: ShampooOptions, plan: Plan) -> RefreshSchedule:
+    """The clock that ``options`` set for the blocks of ``plan``."""
+    blocks = [unit.block for unit in plan.units]
+    return RefreshSchedule(
+        interval=options.precondition_frequency,
+        delay=options.refresh_delay,
+        start=options.start,
+        gather=options.gather_frequency or 1,
+        statistics=options.statistics_frequency,
+        offsets=stagger_offsets(blocks, options.precondition_frequency.max) if options.stagger else {},
+    )
