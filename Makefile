@@ -20,7 +20,7 @@ $(VENV)/.recipes: $(VENV)/.core
 
 $(VENV)/.dev: $(VENV)/.recipes
 	@echo "== installing the test tools"
-	$(INSTALL) -e ".[dev]"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -e ".[dev,deepspeed]"
 	@touch $@
 
 demo: $(VENV)/.recipes

@@ -185,10 +185,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             plan, layout, self._groups(), self.state, self.options, rank=transport.rank, previous=self._members
         )
         blocks = {block.block.key: block for member in members for block in member.blocks}
-        if self._refresher is None:
-            background = self._make_background(plan, blocks)
-        else:
-            background = self._refresher.background
+        background = self._make_background(plan, blocks) if self._refresher is None else self._refresher.background
         refresher = Refresher(
             plan=plan,
             blocks=blocks,
