@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -88,6 +89,17 @@ def take_over(
     if model is not None:
         optimizer.remember(model)
     return optimizer
+
+
+def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
+    """Every optimizer in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(configured, torch.optim.Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from find_optimizers(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for item in configured:
+            yield from find_optimizers(item)
 
 
 def _count_steps(optimizer: torch.optim.Optimizer) -> None:

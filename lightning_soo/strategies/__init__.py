@@ -1,0 +1,23 @@
+"""Lightning strategies that train second-order; importing them registers their short names."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_soo.strategies.ddp import SecondOrderDDPStrategy
+from lightning_soo.strategies.fsdp import SecondOrderFSDPStrategy
+from lightning_soo.strategies.fsdp2 import SecondOrderFSDP2Strategy
+from lightning_soo.strategies.mixin import SecondOrderStrategyMixin
+
+__all__ = [
+    "SecondOrderDDPStrategy",
+    "SecondOrderFSDP2Strategy",
+    "SecondOrderFSDPStrategy",
+    "SecondOrderStrategyMixin",
+]
+
+for _name, _strategy, _description, _options in (
+    ("soo_ddp", SecondOrderDDPStrategy, "replicas", {}),
+    ("soo_fsdp", SecondOrderFSDPStrategy, "FSDP1", {}),
+    ("soo_fsdp2", SecondOrderFSDP2Strategy, "FSDP2 without configure_model", {}),
+    ("soo_hsdp", SecondOrderFSDP2Strategy, "FSDP2 within, replicas across nodes", {"replicate_size": "auto"}),
+):
+    StrategyRegistry.register(_name, _strategy, f"second-order training: {_description}", override=True, **_options)

@@ -1,0 +1,209 @@
+"""One of the ranks: real Trainer runs under one strategy, every check of it in one world."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_soo.callbacks import SecondOrder
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_soo.strategies import SecondOrderDDPStrategy, SecondOrderFSDP2Strategy, SecondOrderFSDPStrategy
+
+ROWS, GLOBAL_BATCH, EPOCHS = 48, 8, 2
+ADAMW: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-5}
+SHAMPOO: dict[str, Any] = {
+    "precondition_frequency": 3,
+    "start_preconditioning_step": 2,
+    "preconditioner_eps": 1e-3,
+}
+# precision, clip, accumulation
+COMBINATIONS = [("32-true", None, 1), ("32-true", 0.1, 2), ("bf16-mixed", 0.1, 1)]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x).tanh()
+
+
+class Net(nn.Module):
+    """Repeated blocks, layers outside them, and no size that the ranks divide evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(5, 7), nn.ModuleList([Block(), Block()]), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Bare(L.LightningModule):
+    """A module without ``configure_optimizers`` and with a parameter of its own, used outside ``forward``."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.scale = Net(), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        prediction = self(batch[0])  # in the middle of the step: the root's hooks run within themselves
+        return nn.functional.mse_loss(prediction * self.scale, batch[1].to(prediction.dtype))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.loss(batch), sync_dist=True)
+
+
+class Model(Bare):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), **ADAMW)
+
+
+def make_data() -> TensorDataset:
+    x = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x[:, :3].sin())
+
+
+def make_strategy(engine: str, **options: Any) -> Any:
+    options = {"method": None, **options}
+    if engine == "ddp":
+        return SecondOrderDDPStrategy(**options)
+    if engine == "fsdp2":
+        return SecondOrderFSDP2Strategy(**options)
+    if engine == "fsdp":
+        return SecondOrderFSDPStrategy(auto_wrap_policy={Block}, **options)
+    if engine == "hsdp":
+        return SecondOrderFSDP2Strategy(replicate_size=2, **options)
+    raise ValueError(engine)
+
+
+def fit(out: Path, strategy: Any, model: L.LightningModule | None = None, **options: Any) -> tuple[L.Trainer, Any]:
+    """The weights of rank 0 are those of ``Model()``; what the others start from must not matter."""
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    model = model or Model(seed=rank)
+    path = options.pop("ckpt_path", None)
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": ranks,
+            "strategy": strategy,
+            "max_epochs": EPOCHS,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": out,
+            **options,
+        }
+    )
+    data = make_data()
+    loader, val = DataLoader(data, GLOBAL_BATCH // ranks), DataLoader(data, GLOBAL_BATCH // ranks)
+    trainer.fit(model, loader, val, ckpt_path=path)
+    assert trainer.global_step == EPOCHS * ROWS // GLOBAL_BATCH // trainer.accumulate_grad_batches
+    return trainer, model
+
+
+def weights(trainer: L.Trainer, model: L.LightningModule) -> dict[str, torch.Tensor]:
+    """Whole parameters by name, on every rank."""
+    if isinstance(trainer.strategy, SecondOrderFSDP2Strategy):
+        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        # only rank 0 is told the values
+        return {name: value for name, value in full.items()}
+    if isinstance(trainer.strategy, SecondOrderFSDPStrategy):
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
+            return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+
+
+def resumed_equals_whole(out: Path, engine: str, kind: dict[str, Any], name: str) -> None:
+    """Saved by ModelCheckpoint after the first epoch and by save_checkpoint after the last, against no interruption."""
+    whole = weights(*fit(out, make_strategy(engine, **kind), gradient_clip_val=0.1))
+    saver = ModelCheckpoint(out / name, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+    run = {"gradient_clip_val": 0.1, "enable_checkpointing": True}
+    trainer, _ = fit(out, make_strategy(engine, **kind), callbacks=[saver], **run)
+    trainer.save_checkpoint(out / name / "end.ckpt")
+    dist.barrier()
+    other = Model(seed=7)
+    resumed = fit(
+        out, make_strategy(engine, **kind), other, gradient_clip_val=0.1, ckpt_path=out / name / "epoch=0.ckpt"
+    )
+    assert_close(weights(*resumed), whole)
+    ended = Model(seed=8)
+    trainer, _ = fit(out, make_strategy(engine, **kind), ended, ckpt_path=out / name / "end.ckpt")
+    assert_close(weights(trainer, ended), whole)
+    found = trainer.validate(ended, DataLoader(make_data(), 4), verbose=False)  # set up again after a fit
+    assert math.isclose(found[0]["val"], float(resumed[0].callback_metrics["val"]), rel_tol=1e-4)
+
+
+def main(engine: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for precision, clip, accumulate in COMBINATIONS:
+        trainer, model = fit(
+            out,
+            make_strategy(engine),
+            precision=precision,
+            gradient_clip_val=clip,
+            accumulate_grad_batches=accumulate,
+        )
+        results[f"{precision} {clip} {accumulate}"] = weights(trainer, model)
+    bare = Bare(seed=int(os.environ["RANK"]))
+    results["bare"] = weights(*fit(out, make_strategy(engine, optimizer_options=ADAMW), bare))
+    assert "configure_optimizers" not in bare.__dict__
+    torch.save(results, out / f"results{dist.get_rank()}.pt")
+    kinds = {
+        "fsdp2": [{"save_distributed_checkpoint": True}, {"save_distributed_checkpoint": False}],
+        "hsdp": [{}],
+        "fsdp": [{"state_dict_type": "full"}, {"state_dict_type": "sharded"}],
+        "ddp": [{}, {"method": "shampoo", "options": SHAMPOO}],
+    }
+    for number, kind in enumerate(kinds[engine]):
+        resumed_equals_whole(out, engine, kind, f"saved{number}")
+    if engine == "ddp":
+        second_order(out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def second_order(out: Path) -> None:
+    """A strategy does what the callback does, and both together what one does."""
+    strategy = SecondOrderDDPStrategy(options=SHAMPOO)
+    alone = weights(*fit(out, strategy))
+    assert [type(one).__name__ for one in strategy.second_order_optimizers] == ["Shampoo"]
+    callback = weights(*fit(out, "ddp", callbacks=[SecondOrder(**SHAMPOO)]))
+    both = fit(out, SecondOrderDDPStrategy(options=SHAMPOO), callbacks=[SecondOrder(**SHAMPOO)])
+    assert "configure_optimizers" not in both[1].__dict__
+    assert_close(alone, callback, atol=0.0)
+    assert_close(alone, weights(*both), atol=0.0)
+    assert (alone["net.first.weight"] - weights(*fit(out, "ddp"))["net.first.weight"]).abs().max() > 1e-3
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1], Path(sys.argv[2]))
