@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worker_strategies
 from worker_strategies import ADAMW, COMBINATIONS, EPOCHS, GLOBAL_BATCH, ROWS, Model
 
-WORLDS = {"ddp": 2, "fsdp": 2, "fsdp2": 2, "hsdp": 4}
+WORLDS = {"ddp": 2, "fsdp": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
     """The engine and what its ranks wrote; they are started once."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp(request.param)
     torchrun(worker_strategies.__file__, WORLDS[request.param], request.param, out)
     ranks = range(WORLDS[request.param])

@@ -18,7 +18,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soo.strategies import SecondOrderDDPStrategy, SecondOrderFSDP2Strategy, SecondOrderFSDPStrategy
+from lightning_soo.strategies import (
+    SecondOrderDDPStrategy,
+    SecondOrderDeepSpeedStrategy,
+    SecondOrderFSDP2Strategy,
+    SecondOrderFSDPStrategy,
+)
 
 ROWS, GLOBAL_BATCH, EPOCHS = 48, 8, 2
 ADAMW: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-5}
@@ -57,17 +62,20 @@ class Net(nn.Module):
 class Bare(L.LightningModule):
     """A module without ``configure_optimizers`` and with a parameter of its own, used outside ``forward``."""
 
+    outside = True  # ZeRO-3 frees it when forward ends
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.net, self.scale = Net(), nn.Parameter(torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        return self.net(x) if self.outside else self.net(x) * self.scale
 
     def loss(self, batch: Any) -> torch.Tensor:
         prediction = self(batch[0])  # in the middle of the step: the root's hooks run within themselves
-        return nn.functional.mse_loss(prediction * self.scale, batch[1].to(prediction.dtype))
+        prediction = prediction * self.scale if self.outside else prediction
+        return nn.functional.mse_loss(prediction, batch[1].to(prediction.dtype))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.loss(batch)
@@ -96,6 +104,8 @@ def make_strategy(engine: str, **options: Any) -> Any:
         return SecondOrderFSDPStrategy(auto_wrap_policy={Block}, **options)
     if engine == "hsdp":
         return SecondOrderFSDP2Strategy(replicate_size=2, **options)
+    if engine.startswith("zero"):
+        return SecondOrderDeepSpeedStrategy(stage=int(engine[-1]), **options)
     raise ValueError(engine)
 
 
@@ -134,6 +144,11 @@ def weights(trainer: L.Trainer, model: L.LightningModule) -> dict[str, torch.Ten
     if isinstance(trainer.strategy, SecondOrderFSDPStrategy):
         with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
             return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    if isinstance(trainer.strategy, SecondOrderDeepSpeedStrategy):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: value.detach().float().clone() for name, value in model.named_parameters()}
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -163,6 +178,12 @@ def resumed_equals_whole(out: Path, engine: str, kind: dict[str, Any], name: str
 
 def main(engine: str, out: Path) -> None:
     torch.set_num_threads(1)
+    if engine.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute
+    Bare.outside = engine != "zero3"
     results = {}
     for precision, clip, accumulate in COMBINATIONS:
         trainer, model = fit(
@@ -172,6 +193,8 @@ def main(engine: str, out: Path) -> None:
             gradient_clip_val=clip,
             accumulate_grad_batches=accumulate,
         )
+        if engine.startswith("zero"):  # whose own default is 1.0
+            assert trainer.strategy.deepspeed_engine.gradient_clipping() == (clip or 0.0)
         results[f"{precision} {clip} {accumulate}"] = weights(trainer, model)
     bare = Bare(seed=int(os.environ["RANK"]))
     results["bare"] = weights(*fit(out, make_strategy(engine, optimizer_options=ADAMW), bare))
@@ -180,6 +203,9 @@ def main(engine: str, out: Path) -> None:
     kinds = {
         "fsdp2": [{"save_distributed_checkpoint": True}, {"save_distributed_checkpoint": False}],
         "hsdp": [{}],
+        "zero1": [{}],
+        "zero2": [{}],
+        "zero3": [{}],
         "fsdp": [{"state_dict_type": "full"}, {"state_dict_type": "sharded"}],
         "ddp": [{}, {"method": "shampoo", "options": SHAMPOO}],
     }
