@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.takeover import METHODS, find_optimizers, take_over
+from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers
 
 
@@ -27,11 +25,9 @@ class SecondOrder(pl.Callback):
     """
 
     def __init__(self, method: str = "shampoo", **options: Any) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+        check_method(method, options)
         self.method = method
         self.options = options
-        METHODS[method]([torch.nn.Parameter(torch.zeros(2, 2))], **options)  # refuses a bad option here and now
         self._wrapped: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

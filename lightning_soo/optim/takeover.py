@@ -91,6 +91,22 @@ def take_over(
     return optimizer
 
 
+def check_method(method: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse a bad method or option here and now; None is no method, and has no options.
+
+    Raises:
+        ValueError: unknown method, or an option's value, or options without a method.
+        TypeError: unknown option, with the nearest name.
+    """
+    if method is None:
+        if options:
+            raise ValueError(f"method=None takes nothing over and has no options, got {', '.join(options)}")
+        return
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+    METHODS[method]([nn.Parameter(torch.zeros(2, 2))], **options)
+
+
 def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
     """Every optimizer in any of the forms that ``configure_optimizers`` may return."""
     if isinstance(configured, torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_soo.strategies import fabric
 from lightning_soo.strategies.ddp import SecondOrderDDPStrategy
 from lightning_soo.strategies.deepspeed import SecondOrderDeepSpeedStrategy
 from lightning_soo.strategies.fsdp import SecondOrderFSDPStrategy
@@ -14,6 +15,7 @@ __all__ = [
     "SecondOrderFSDP2Strategy",
     "SecondOrderFSDPStrategy",
     "SecondOrderStrategyMixin",
+    "fabric",
 ]
 
 for _name, _strategy, _description, _options in (

@@ -11,16 +11,11 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    OptimStateKeyType,
-    StateDictType,
-)
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.distributed.fsdp.wrap import enable_wrap
 
 from lightning_soo.strategies.fsdp_precision import SecondOrderFSDPPrecision
+from lightning_soo.strategies.fsdp_state import whole_state
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin
 from lightning_soo.strategies.sharding import start_alike
 
@@ -86,7 +81,7 @@ class SecondOrderFSDPStrategy(SecondOrderStrategyMixin, FSDPStrategy):
         if self._state_dict_type == "sharded" or self.root_device.type != "cpu":
             return super().lightning_module_state_dict()
         assert self.model is not None
-        with self._full_state():
+        with whole_state(self.model):
             return self.model.state_dict()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -94,18 +89,8 @@ class SecondOrderFSDPStrategy(SecondOrderStrategyMixin, FSDPStrategy):
             return super().optimizer_state(optimizer)
         assert self.model is not None
         inner = getattr(optimizer, "_optimizer", optimizer)
-        with self._full_state():
+        with whole_state(self.model):
             state: dict[str, Any] = FullyShardedDataParallel.optim_state_dict(self.model, inner)
             if not self.is_global_zero:
                 return state
             return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
-
-    def _full_state(self) -> Any:
-        """Whole tensors on rank 0, without offloading to the CPU: what is there already would be freed."""
-        assert self.model is not None
-        return FullyShardedDataParallel.state_dict_type(
-            self.model,
-            StateDictType.FULL_STATE_DICT,
-            FullStateDictConfig(offload_to_cpu=False, rank0_only=True),
-            FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True),
-        )

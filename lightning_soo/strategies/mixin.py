@@ -16,9 +16,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader
 
-from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.takeover import METHODS, find_optimizers, take_over
+from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
 
 PRECONDITIONERS = "second_order"
@@ -34,8 +33,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         optimizer_options: settings of the AdamW that is built where ``configure_optimizers`` is absent or returns None.
 
     Raises:
-        ValueError: unknown method or option, with the nearest name.
-        TypeError: a setting that AdamW does not have.
+        ValueError: unknown method, with the nearest name, or a value that is refused.
+        TypeError: unknown option, or a setting that AdamW does not have, with the nearest name.
     """
 
     engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it
@@ -50,12 +49,7 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         optimizer_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if method is not None:
-            if method not in METHODS:
-                raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
-            METHODS[method]([torch.nn.Parameter(torch.zeros(2, 2))], **(options or {}))  # refuses a bad option now
-        elif options:
-            raise ValueError(f"options={dict(options)!r} need a method{nearest('', METHODS)}")
+        check_method(method, options or {})
         check_settings(optimizer_options or {})
         super().__init__(*args, **kwargs)
         self.method = method

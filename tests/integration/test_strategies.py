@@ -30,13 +30,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, [torch.load(out / f"results{rank}.pt", weights_only=True) for rank in ranks]
 
 
-def plain_loop(precision: str, clip: float | None, accumulate: int) -> dict[str, torch.Tensor]:
+def plain_loop(precision: str, clip: float | None, accumulate: int, shuffle: bool = True) -> dict[str, torch.Tensor]:
     data = worker_strategies.make_data()
     x, y = data.tensors
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     for epoch in range(EPOCHS):
-        sampler = DistributedSampler(data, 1, 0, shuffle=True)  # the Trainer's, on one rank
+        sampler = DistributedSampler(data, 1, 0, shuffle=shuffle)  # the Trainer's, on one rank
         sampler.set_epoch(epoch)
         order = list(sampler)
         for index in range(ROWS // GLOBAL_BATCH):
@@ -67,3 +67,12 @@ def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:
     expected = plain_loop("32-true", None, 1)
     for results in world[1]:
         torch.testing.assert_close(results["bare"], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric_equals_a_plain_loop(world: tuple[str, list[Any]], precision: str) -> None:
+    expected = plain_loop(precision, 0.1, 1, shuffle=False)
+    for results in world[1]:
+        tolerance = 2e-5 if precision == "32-true" else 0.05
+        found = results["fabric"][precision]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance, check_dtype=False)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+import worker_fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_soo.callbacks import SecondOrder
 from torch import nn
@@ -199,6 +200,7 @@ def main(engine: str, out: Path) -> None:
     bare = Bare(seed=int(os.environ["RANK"]))
     results["bare"] = weights(*fit(out, make_strategy(engine, optimizer_options=ADAMW), bare))
     assert "configure_optimizers" not in bare.__dict__
+    results["fabric"] = worker_fabric.main(sys.modules[__name__], engine, out)
     torch.save(results, out / f"results{dist.get_rank()}.pt")
     kinds = {
         "fsdp2": [{"save_distributed_checkpoint": True}, {"save_distributed_checkpoint": False}],
