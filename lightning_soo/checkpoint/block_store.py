@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.transport import Transport
 
 if TYPE_CHECKING:
+    from lightning_soo.optim.members import Member
     from lightning_soo.optim.refreshing import Refresher
 
 FORMAT = 1
@@ -21,18 +22,21 @@ FORMAT = 1
 class BlockStore:
     """The blocks of one optimizer as plain data.
 
-    Every rank knows every block's counters and roots; statistics and results still in flight are the refresher's.
+    Every rank knows every block's counters; roots are at its homes, statistics and results still in flight elsewhere.
     """
 
     def __init__(self) -> None:
-        self._blocks: Mapping[str, KroneckerBlock] = {}
+        self._members: Sequence[Member] = ()
+        self._blocks: dict[str, KroneckerBlock] = {}
         self._refresher: Refresher | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._consolidated: tuple[int, dict[str, Any]] | None = None
 
-    def install(self, blocks: Mapping[str, KroneckerBlock], refresher: Refresher) -> None:
+    def install(self, members: Sequence[Member], refresher: Refresher) -> None:
         """Take over the blocks of a plan, and give them what was loaded before it existed."""
-        self._blocks, self._refresher, self._consolidated = blocks, refresher, None
+        self._members = members
+        self._blocks = {block.block.key: block for member in members for block in member.blocks}
+        self._refresher, self._consolidated = refresher, None
         if self._loaded is not None:
             self._restore(self._loaded, refresher)
             self._loaded = None
@@ -50,6 +54,7 @@ class BlockStore:
                 "observations": block.observations,
                 "refreshed_observations": block.refreshed_observations,
                 "failures": block.failures,
+                "ready": block.ready,
                 "diagnostics": dict(block.diagnostics),
             }
             if block.roots is not None:
@@ -64,7 +69,8 @@ class BlockStore:
             if outcome is not None:
                 row["outcome"] = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
             flights.append(row)
-        return {"blocks": blocks, "in_flight": flights}
+        counters = {member.name: float(member.counter) for member in self._members if member.counter is not None}
+        return {"blocks": blocks, "in_flight": flights, "counters": counters}
 
     def consolidate(self, transport: Transport, to: int | None, step: int) -> None:
         """Gather statistics and results in flight from their refreshers; see ``SecondOrderOptimizer.consolidate``."""
@@ -73,7 +79,12 @@ class BlockStore:
             return
         local = self._local()
         mine = {
-            "statistics": {key: entry["statistics"] for key, entry in local["blocks"].items() if "statistics" in entry},
+            name: {
+                key: entry[name] for key, entry in local["blocks"].items() if name in entry and self._sends(key, name)
+            }
+            for name in ("statistics", "roots")
+        }
+        mine |= {
             "outcomes": {
                 (row["key"], row["started"]): row["outcome"] for row in local["in_flight"] if "outcome" in row
             },
@@ -85,19 +96,30 @@ class BlockStore:
             return
         for part in parts:
             theirs = torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True, map_location="cpu")
-            for key, statistics in theirs["statistics"].items():
-                local["blocks"][key]["statistics"] = statistics
+            for name in ("statistics", "roots"):
+                for key, value in theirs[name].items():
+                    local["blocks"][key][name] = value
             for row in local["in_flight"]:
                 outcome = theirs["outcomes"].get((row["key"], row["started"]))
                 if outcome is not None:
                     row["outcome"] = outcome
         self._consolidated = step, local
 
+    def _sends(self, key: str, name: str) -> bool:
+        """Whether this rank is the one that gives a block's statistics or roots to the others."""
+        assert self._refresher is not None
+        place, rank = self._refresher.places[key], self._refresher.rank
+        if name == "statistics":
+            return place.keeper == rank
+        return len(place.homes) < self._refresher.ranks and place.homes[0] == rank
+
     def state_dict(self, step: int, *, complete: bool) -> dict[str, Any]:
         """The gathered state where there is one of this step, else what this rank holds, marked incomplete."""
         if self._loaded is not None:
             return {
-                key: self._loaded[key] for key in ("format", "complete", "blocks", "in_flight") if key in self._loaded
+                key: self._loaded[key]
+                for key in ("format", "complete", "blocks", "in_flight", "counters")
+                if key in self._loaded
             }
         if self._consolidated is not None and self._consolidated[0] == step:
             return {"format": FORMAT, "complete": True, **self._consolidated[1]}
@@ -145,11 +167,16 @@ class BlockStore:
             block.refreshed_observations = int(entry["refreshed_observations"])
             block.failures = int(entry["failures"])
             block.diagnostics = dict(entry["diagnostics"])
-            if "roots" in entry:
-                device = refresher.device_of(key)
-                block.roots = [root.to(device=device, dtype=block.compute_dtype, copy=True) for root in entry["roots"]]
-            else:
-                block.roots = None
+            block.ready = "roots" in entry
+            block.roots = None
+            if block.ready and refresher.rank in refresher.places[key].homes:
+                block.roots = [
+                    root.to(device=block.device, dtype=block.compute_dtype, copy=True) for root in entry["roots"]
+                ]
             if block.statistics is not None and "statistics" in entry:
                 block.statistics.load_state_dict(entry["statistics"])
+        for member in self._members:
+            count = saved.get("counters", {}).get(member.name)
+            if member.counter is not None and count is not None:
+                member.counter.fill_(count)
         refresher.restore([row for row in saved["in_flight"] if row["key"] in self._blocks])

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lightning_soo.linalg.norms import squared_norm
-
 State = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def filters_gradient(grafting: str | None, betas: tuple[float, float]) -> bool:
@@ -30,6 +29,13 @@ def initialise(state: State, parameter: Tensor, grafting: str | None, group: Map
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     if grafting not in (None, "sgd") and "exp_avg_sq" not in state:
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if group["momentum"] and state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def normalizes(grafting: str | None) -> bool:
+    """Whether the graft divides each gradient by its norm."""
+    return grafting is not None and grafting.endswith("_normalized")
 
 
 def update(
@@ -40,19 +46,24 @@ def update(
     *,
     beta2: float,
     use_bias_correction: bool,
+    gradient_norm: float,
     out: Tensor,
 ) -> tuple[Tensor, float]:
     """Advance the moments by one step; write the graft's direction to ``out``.
 
     Args:
-        gradient: dense, laid out like the moments.
+        gradient: dense, laid out like the moments; the local elements of a parameter, perhaps none.
         beta2: decay of the graft's second moment.
+        gradient_norm: of the whole parameter; used by the normalised grafts alone.
         out: receives the direction.
 
     Returns:
         The filtered gradient (``exp_avg``, or the gradient itself) and the factor that corrects its bias.
     """
     beta1, eps = group["betas"][0], group["eps"]
+    if gradient.numel() == 0:
+        state["step"] += 1
+        return gradient, 1.0
     if grafting == "adam":
         # torch's own Adam from zero with learning rate -1 leaves its direction in `out`; fused on the CPU it is one
         # pass over memory where separate operations need eight
@@ -86,8 +97,8 @@ def update(
         torch.mul(filtered, correction, out=out)
         return filtered, correction
     scale = 1.0
-    if grafting.endswith("_normalized"):
-        scale = 1.0 / (squared_norm(gradient).sqrt().item() + 1e-16)
+    if normalizes(grafting):
+        scale = 1.0 / (gradient_norm + 1e-16)
     second = state["exp_avg_sq"]
     if grafting.startswith("adagrad"):
         second.addcmul_(gradient, gradient, value=scale * scale)

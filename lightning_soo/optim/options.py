@@ -52,6 +52,7 @@ class ShampooOptions:
     grafting_beta2: float | None = None
     grafting_norm: str = "parameter"
     nonfinite: str = "skip"
+    exchange_bucket_bytes: int = 2**25
     compute_dtype: torch.dtype | None = None
     overrides: tuple[Override, ...] = ()
     workers: WorkerOptions = field(default_factory=WorkerOptions)
@@ -76,7 +77,7 @@ class ShampooOptions:
         )
 
     def __post_init__(self) -> None:
-        for name in ("statistics_frequency", "max_preconditioner_dim"):
+        for name in ("statistics_frequency", "max_preconditioner_dim", "exchange_bucket_bytes"):
             _require(name, getattr(self, name), minimum=1)
         for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above"):
             _require(name, getattr(self, name), minimum=1, optional=True)

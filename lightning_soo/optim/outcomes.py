@@ -19,14 +19,17 @@ _HEADER: Template = ((6,), torch.float64)
 
 @dataclass(kw_only=True)
 class Outcome:
-    """A finished refresh; no ``roots`` where it failed.
+    """A finished refresh.
 
     Attributes:
+        ok: whether it gave verified roots.
+        roots: on the refresher and where the block is applied; None elsewhere, and where it failed.
         seconds: what the computation took.
         waited, restarts: seconds the refresher's training thread has waited for results so far, and workers it has
             replaced.
     """
 
+    ok: bool
     roots: list[Tensor] | None
     condition_number: float
     residual: float
@@ -56,6 +59,7 @@ class Outcome:
             else:
                 roots = [torch.from_numpy(array).to(dtype) for array in result.arrays]
         return cls(
+            ok=roots is not None,
             roots=roots,
             condition_number=result.diagnostics.get("condition_number", float("nan")),
             residual=result.diagnostics.get("residual", float("nan")),
@@ -66,21 +70,21 @@ class Outcome:
         )
 
 
-def templates(orders: Sequence[int], dtype: torch.dtype) -> list[Template]:
-    """Layout of one outcome's message: a header, then half of each root, since roots are symmetric."""
-    return [_HEADER, *((_packed_shape(order), dtype) for order in orders)]
+def root_templates(orders: Sequence[int], dtype: torch.dtype) -> list[Template]:
+    """Layout of symmetric matrices on their way: half of each."""
+    return [(_packed_shape(order), dtype) for order in orders]
 
 
-def message_size(orders: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of one outcome's message."""
-    return template_size(templates(orders, dtype))
+def message_size(orders: Sequence[int], dtype: torch.dtype, *, with_roots: bool = True) -> int:
+    """Bytes of one outcome's message: a header, then half of each root, since roots are symmetric."""
+    return template_size([_HEADER, *(root_templates(orders, dtype) if with_roots else ())])
 
 
-def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype, *, with_roots: bool = True) -> list[Tensor]:
     """Tensors of one message; a failure has the same size, so that sizes come from the plan alone."""
     header = torch.tensor(
         [
-            float(outcome.roots is not None),
+            float(outcome.ok),
             outcome.condition_number,
             outcome.residual,
             outcome.seconds,
@@ -89,17 +93,21 @@ def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype) -> list[Te
         ],
         dtype=torch.float64,
     )
+    if not with_roots:
+        return [header]
     if outcome.roots is None:
-        return [header, *(torch.zeros(_packed_shape(order), dtype=dtype) for order in orders)]
+        return [header, *(torch.zeros(shape, dtype=dtype) for shape, _ in root_templates(orders, dtype))]
     return [header, *(pack_symmetric(root) for root in outcome.roots)]
 
 
-def unpack(flat: Tensor, orders: Sequence[int], dtype: torch.dtype, owner: int) -> Outcome:
+def unpack(flat: Tensor, orders: Sequence[int], dtype: torch.dtype, owner: int, *, with_roots: bool = True) -> Outcome:
     """The outcome that rank ``owner`` packed."""
-    header, *packed = unpack_bytes(flat, templates(orders, dtype))
+    header, *packed = unpack_bytes(flat, [_HEADER, *(root_templates(orders, dtype) if with_roots else ())])
     ok, condition_number, residual, seconds, waited, restarts = header.tolist()
+    roots = [unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)] if with_roots else None
     return Outcome(
-        roots=[unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)] if ok else None,
+        ok=bool(ok),
+        roots=roots if ok else None,
         condition_number=condition_number,
         residual=residual,
         seconds=seconds,

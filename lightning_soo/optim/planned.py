@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
 from lightning_soo.optim import grafting
+from lightning_soo.optim.assembly import Assembly
+from lightning_soo.optim.members import Member
 from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_group
 from lightning_soo.optim.refreshing import Refresher
-from lightning_soo.placement.adapters import dense
+from lightning_soo.placement.adapters import read_layout
+from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.costs import refresh_milliseconds
-from lightning_soo.placement.fragments import canonical_name
-from lightning_soo.placement.plan import Plan, PlannedParameter, build_plan
+from lightning_soo.placement.fragments import to_local
+from lightning_soo.placement.layout import FragmentTable, Layout
+from lightning_soo.placement.overrides import ParameterSpec
+from lightning_soo.placement.plan import Plan, Unit, build_plan
 from lightning_soo.placement.table import plan_table
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
@@ -25,34 +32,13 @@ from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree
 
 
-@dataclass(eq=False)
-class Member:
-    """One parameter during a step.
-
-    Attributes:
-        gradient: laid out like the moments; the direction overwrites it.
-        scale: what the direction is multiplied by when it is applied.
-    """
-
-    parameter: Tensor
-    group: dict[str, Any]
-    planned: PlannedParameter
-    blocks: list[KroneckerBlock]
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
-    magnitude: float = 0.0
-    scale: float = 1.0
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether all roots are in; before, the graft moves the whole parameter."""
-        return bool(self.blocks) and all(block.roots is not None for block in self.blocks)
-
-
 class PlannedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters are laid out by a plan."""
 
     options: ShampooOptions
     method = "second-order"
+    _constructed: list[weakref.ref[Tensor]]  # engines replace parameters by their own tensors
+    _all_groups: list[dict[str, Any]]
     data_workers = 0  # data loading processes of this rank, which front doors know: their cores are not spare
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: ShampooOptions) -> None:
@@ -60,22 +46,29 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self.options = options
         self._reset_runtime()
         super().__init__(list(model.named_parameters()) if model is not None else params, defaults)
+        self._all_groups = self.param_groups
+        self._constructed = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
         if model is not None:
             self.remember(model)
 
     def _reset_runtime(self) -> None:
         """What a copy or a pickle does not carry: process groups, threads, the plan built from them."""
         self._model: weakref.ref[nn.Module] | None = None
+        self._constructed = []
         self._engine: str | None = None
         self._process_group: dist.ProcessGroup | None = None
         self._transport = Transport(enabled=False)
+        self._layout: Layout | None = None
         self._plan: Plan | None = None
         self._members: list[Member] = []
+        self._assembly: Assembly | None = None
         self._signature: tuple[object, ...] = ()
         self._refresher: Refresher | None = None
         self._executor_reason = ""
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._store = BlockStore()
+        self._all_groups = []
+        self._awaits_blocks = False
         self.steps = 0
         self.skipped_steps = 0
 
@@ -89,61 +82,90 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         Front doors call it after wrapping; without it the first step does. Called again by itself after
         ``add_param_group`` and after parameters were frozen or unfrozen; blocks that exist keep their state and rank.
+        How parameters are sharded is read from them and from ``model``.
 
         Args:
-            model: for canonical names and for telling embeddings; wrapped or not.
-            engine: ``"ddp"`` (replicas over ``process_group``), ``"single"`` (this process alone, whatever is
-                initialised), or None: replicas where ``torch.distributed`` is initialised.
-            process_group: the replicas; None is the model's (DDP) or the default group.
+            model: the model as the engine has wrapped it (DDP, FSDP1, what ``deepspeed.initialize`` returned), or as
+                it is (FSDP2, one device). FSDP1 is only recognised by its wrapper.
+            engine: ``"single"`` is this process alone, whatever is initialised; None is all ranks of
+                ``process_group``.
+            process_group: all ranks that train this model; None is the model's (DDP) or the default group.
 
         Raises:
-            AgreementError: ranks differ in options, parameters or plan.
+            AgreementError: ranks differ in options, parameters or plan, or one of them failed.
             ValueError: nothing to precondition, an override that matches nothing.
-            TypeError: a parameter no engine here can handle.
+            TypeError: a parameter or a feature that no engine here can handle.
         """
-        if engine not in (None, "ddp", "single"):
-            raise ValueError(f"engine={engine!r}: choose 'ddp' or 'single'")
+        if engine not in (None, "single", "ddp"):
+            raise ValueError(f"engine={engine!r}: choose 'single', or None to read it from the parameters")
         if model is not None:
             self.remember(model)
-            process_group = process_group or getattr(model, "process_group", None)
+            if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+                process_group = model.process_group
         self._engine = engine or self._engine
         self._process_group = process_group or self._process_group
         self._transport = Transport(self._process_group, enabled=self._engine != "single")
-        error: Exception | None = None
-        plan = None
+        layout, table = self._agree_on_layout()
+        plan, error = None, None
         try:
-            plan = self._build_plan()
+            plan = self._build_plan(layout, table)
         except Exception as raised:  # reported on every rank before anyone waits for a collective
             error = raised
+        agree(self._transport, {"the plan": plan.digest() if plan else ""}, error)
+        assert plan is not None
+        self._install_plan(plan, layout)
+        return plan
+
+    def _agree_on_layout(self) -> tuple[Layout, FragmentTable]:
+        """Read this rank's layout and exchange what every rank holds."""
+        transport = self._transport
+        layout: Layout | None = None
+        error: Exception | None = None
+        try:
+            layout = self._read_layout()
+        except Exception as raised:
+            error = raised
+        specs = layout.specs if layout is not None else ()
         sections = {
             "the configuration": repr(self.options),
-            "the list of parameters": str([(p.name, p.spec.shape) for p in plan.parameters]) if plan else "",
-            "which parameters are frozen": str([p.spec.requires_grad for p in plan.parameters]) if plan else "",
-            "the plan": plan.digest() if plan else "",
+            "the engine": layout.engine if layout is not None else "",
+            "the list of parameters": str([(spec.name, spec.shape, spec.dtype, spec.part) for spec in specs]),
+            "which parameters are frozen": str([spec.requires_grad for spec in specs]),
         }
-        agree(self._transport, sections, error)
-        assert plan is not None
-        self._install_plan(plan)
-        return plan
+        agree(transport, sections, error)
+        assert layout is not None
+        rows = transport.all_gather_integers(layout.row(transport.rank))
+        return layout, FragmentTable.from_rows(rows, {spec.name: spec.shape for spec in specs})
+
+    def _read_layout(self) -> Layout:
+        model = self._model() if self._model is not None else None
+        return read_layout(self._groups(), model, self._constructed)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """All parameter groups, also while an engine shows only one of them during its step."""
+        if len(self.param_groups) >= len(self._all_groups):
+            self._all_groups = self.param_groups
+        return self._all_groups
 
     def remember(self, model: nn.Module) -> None:
         """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
         self._model = weakref.ref(model)
 
-    def _build_plan(self, ranks: int | None = None) -> Plan:
+    def _build_plan(self, layout: Layout | None = None, table: FragmentTable | None = None) -> Plan:
+        """The plan of all ranks; without a table that of one rank alone."""
         options = self.options
-        model = self._model() if self._model is not None else None
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        names = {id(parameter): name for parameter, name in zip(parameters, self.parameter_names(), strict=True)}
-        fragments = dense.list_fragments(names, parameters)
+        layout = layout or self._layout or self._read_layout()
+        previous = {unit.key: unit.place for unit in self._plan.units} if self._plan and table is not None else None
         plan = build_plan(
-            dense.parameter_specs(fragments, dense.module_classes(model)),
+            layout.specs,
             options.block_rules,
             overrides=options.overrides,
-            ranks=self._transport.size if ranks is None else ranks,
+            table=table,
             precondition_frequency=options.precondition_frequency.max,
             statistics_frequency=options.statistics_frequency,
-            previous={unit.key: unit.refresher for unit in self._plan.units} if self._plan and ranks is None else None,
+            exchange_bucket_bytes=options.exchange_bucket_bytes,
+            element_bytes=self._element_bytes,
+            previous=previous,
         )
         trainable = any(p.spec.requires_grad for p in plan.parameters)
         if trainable and not plan.units:
@@ -152,36 +174,75 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         return plan
 
-    def _install_plan(self, plan: Plan) -> None:
-        options, transport = self.options, self._transport
+    def _element_bytes(self, spec: ParameterSpec) -> tuple[int, int]:
+        options = self.options
+        return options.root_dtype(spec.dtype).itemsize, options.statistics_dtype(spec.dtype).itemsize
+
+    def _install_plan(self, plan: Plan, layout: Layout) -> None:
+        rank, groups = self._transport.rank, self._groups()
         old = {block.block.key: block for member in self._members for block in member.blocks}
-        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
-        members, blocks, devices = [], {}, {}
-        for (parameter, group), planned in zip(parameters, plan.parameters, strict=True):
-            own = []
-            for unit in planned.units:
-                block = old.get(unit.key) or KroneckerBlock(
-                    block=unit.block,
-                    exponent=options.exponent_override or 2.0 * len(unit.block.dims),
-                    compute_dtype=options.root_dtype(parameter.dtype),
-                )
-                if unit.refresher == transport.rank and block.statistics is None:
-                    block.statistics = KroneckerStatistics.zeros(
-                        unit.block, dtype=options.statistics_dtype(parameter.dtype), device=parameter.device
-                    )
-                own.append(block)
-                blocks[unit.key], devices[unit.key] = block, parameter.device
-            members.append(Member(parameter, group, planned, own))
+        counters = {member.name: member.counter for member in self._members if member.counter is not None}
+        sharing = Counter(id(fragment.tensor) for fragment in layout.fragments)
+        members: list[Member] = []
+        blocks: dict[str, KroneckerBlock] = {}
+        for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
+            own = [self._block(unit, fragment.tensor, planned.spec, old) for unit in planned.units]
+            blocks |= {block.block.key: block for block in own}
+            homes = [rank in unit.homes and not unit.place.travels for unit in planned.units]
+            group = groups[layout.groups[index]]
             if planned.spec.requires_grad:
-                grafting.initialise(self.state[parameter], parameter, options.grafting, group)
-        mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
+                grafting.initialise(self.state[fragment.tensor], fragment.tensor, self.options.grafting, group)
+            member = Member(
+                fragment=fragment,
+                group=group,
+                group_number=layout.groups[index],
+                planned=planned,
+                blocks=own,
+                whole_blocks=[block for block, here in zip(own, homes, strict=True) if here],
+                counts=plan.table.counts(rank, index, math.prod(fragment.shape)),
+            )
+            if sharing[id(fragment.tensor)] > 1:
+                step = self.state[fragment.tensor].get("step", torch.tensor(0.0))
+                member.counter = counters.get(member.name, step.clone())
+            members.append(member)
+        refresher = self._make_refresher(plan, blocks)
+        if self._refresher is not None:
+            self._refresher.hand_over(refresher)
+        copy = plan.table.copy_of(rank)
+        in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
+        if len(copy) == self._transport.size:
+            in_copy = self._transport
+        self._plan, self._layout, self._members, self._refresher = plan, layout, members, refresher
+        self._assembly = Assembly(plan, members, in_copy)
+        self._signature = self._current_signature()
+        self._store.install(members, refresher)
+
+    def _block(
+        self, unit: Unit, tensor: Tensor, spec: ParameterSpec, old: Mapping[str, KroneckerBlock]
+    ) -> KroneckerBlock:
+        options = self.options
+        block = old.get(unit.key) or KroneckerBlock(
+            block=unit.block,
+            exponent=options.exponent_override or 2.0 * len(unit.block.dims),
+            compute_dtype=options.root_dtype(spec.dtype),
+            statistics_dtype=options.statistics_dtype(spec.dtype),
+            device=to_local(tensor).device,
+        )
+        if unit.place.keeper == self._transport.rank and block.statistics is None:
+            block.statistics = KroneckerStatistics.zeros(unit.block, dtype=block.statistics_dtype, device=block.device)
+        return block
+
+    def _make_refresher(self, plan: Plan, blocks: dict[str, KroneckerBlock]) -> Refresher:
+        options, transport = self.options, self._transport
         if self._refresher is None:
-            on_cpu = any(parameter.device.type == "cpu" for parameter, _ in parameters)
             machine = Machine(
                 ranks=transport.ranks_on_this_machine(),
-                trainer_cores=torch.get_num_threads() if on_cpu else 1,
+                trainer_cores=torch.get_num_threads()
+                if any(block.device.type == "cpu" for block in blocks.values())
+                else 1,
                 data_workers=self.data_workers,
             )
+            mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
             executor, self._executor_reason = make_executor(
                 options.workers,
                 machine,
@@ -200,55 +261,53 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if options.stagger
             else {},
         )
-        refresher = Refresher(
+        return Refresher(
             plan=plan,
             blocks=blocks,
             schedule=schedule,
             executor=executor,
             transport=transport,
-            device_of=devices.__getitem__,
             max_failures=options.workers.max_failures,
         )
-        if self._refresher is not None:
-            self._refresher.hand_over(refresher)
-        self._plan, self._members, self._refresher = plan, members, refresher
-        self._signature = self._current_signature()
-        self._store.install(blocks, refresher)
 
     def _current_signature(self) -> tuple[object, ...]:
         """Changes when parameters are added, replaced, frozen or unfrozen: then the plan is built anew."""
+        if self._layout is not None and self._layout.part_of:
+            return ("parts",)  # the engine shows one part at a time, and never changes them
         return tuple((id(p), p.requires_grad) for group in self.param_groups for p in group["params"])
 
     def parameter_names(self) -> list[str]:
         """Canonical name of every parameter in order; ``group0.3`` where no name was ever given."""
-        known = dense.model_names(self._model() if self._model is not None else None)
-        names = []
-        for number, group in enumerate(self.param_groups):
-            given = group.get("param_names")
-            for index, parameter in enumerate(group["params"]):
-                name = known.get(id(parameter)) or (canonical_name(given[index]) if given else None)
-                names.append(name or f"group{number}.{index}")
-        return names
+        if self._layout is not None and len(self._layout.specs) != sum(len(g["params"]) for g in self.param_groups):
+            return [spec.name for spec in self._layout.specs]
+        model = self._model() if self._model is not None else None
+        return [name for _, _, name in group_parameters(self._groups(), model)]
 
     def plan_table(self, plan: Plan | None = None) -> str:
         """The plan in words: what is preconditioned, by whom, at what cost, and why the rest is not."""
-        plan = plan or self._plan or self._build_plan(ranks=1)
-        dtype = self.param_groups[0]["params"][0].dtype if self.param_groups[0]["params"] else torch.float32
-        table = plan_table(
-            plan,
-            engine="ddp" if plan.ranks > 1 else "single",
-            method=self.method,
-            graft=self.options.grafting or "sgd",
-            root_bytes=self.options.root_dtype(dtype).itemsize,
-            statistics_bytes=self.options.statistics_dtype(dtype).itemsize,
-        )
+        plan = plan or self._plan or self._build_plan()
+        engine = self._layout.engine if self._layout is not None else "dense"
+        if engine == "dense":
+            engine = "ddp" if plan.ranks > 1 else "single"
+        table = plan_table(plan, engine=engine, method=self.method, graft=self.options.grafting or "sgd")
         return f"{table}\nroots: {self._executor_reason or self.options.workers.kind}"
+
+    def state_bytes(self) -> int:
+        """Bytes of preconditioner state on this rank: what ``plan.state_bytes[rank]`` predicts."""
+        held = [root for member in self._members for block in member.blocks for root in block.roots or ()]
+        held += [
+            matrix
+            for member in self._members
+            for block in member.blocks
+            if block.statistics is not None
+            for matrix in block.statistics.matrices
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def close(self) -> None:
         """Stop background work. What was in flight is finished first, so the trajectory does not change."""
         if self._refresher is not None:
-            self._refresher.drain()
-            self._refresher.executor.close()
+            self._refresher.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the plan is extended at the next step. Structural options belong to ``overrides``."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lightning_soo.optim.outcomes import Outcome, message_size, pack, unpack
+from lightning_soo.optim.gathering import Gathering, InFlight, exchange_statistics
+from lightning_soo.optim.outcomes import Outcome
 from lightning_soo.placement.plan import Plan
-from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.jobs import Job
 from lightning_soo.refresh.schedule import RefreshSchedule
-from lightning_soo.transport import Pending, Transport, pack_bytes
+from lightning_soo.transport import Transport
 
 logger = logging.getLogger(__name__)
 # results waited for, one after the other, before a warning
@@ -25,27 +25,6 @@ _LATE_IN_A_ROW = 5
 
 class RefreshError(RuntimeError):
     """A block's refresh failed ``max_failures`` times in a row; raised on every rank."""
-
-
-@dataclass(kw_only=True)
-class InFlight:
-    """A refresh between its start and its swap; the same list on every rank.
-
-    Attributes:
-        own: the refresher's outcome, once it has asked for it; always None on other ranks.
-        delivered: the outcome, once every rank has it: received, or restored from a checkpoint.
-    """
-
-    key: str
-    started: int
-    swap: int
-    own: Outcome | None = None
-    delivered: Outcome | None = None
-
-    @property
-    def known(self) -> Outcome | None:
-        """The outcome as far as this rank has it."""
-        return self.delivered or self.own
 
 
 class Refresher:
@@ -59,50 +38,85 @@ class Refresher:
         schedule: RefreshSchedule,
         executor: Executor,
         transport: Transport,
-        device_of: Callable[[str], torch.device],
         max_failures: int,
     ) -> None:
-        self._blocks = blocks
-        self._owners = {unit.key: unit.refresher for unit in sorted(plan.units, key=lambda unit: unit.key)}
+        self.blocks = blocks
+        self.places = {unit.key: unit.place for unit in sorted(plan.units, key=lambda unit: unit.key)}
         self.schedule = schedule
         self.executor = executor
         self._transport = transport
-        self.device_of = device_of
+        self.rank, self.ranks = transport.rank, transport.size
         self._max_failures = max_failures
         self.in_flight: list[InFlight] = []
-        self._gathering: tuple[list[InFlight], Pending] | None = None
+        self._gathering: Gathering | None = None
         self._late, self._said = 0, False
         self.waited = 0.0  # seconds the training thread has waited for results that were to be ready
 
-    def advance(self, step: int, make_job: Callable[[KroneckerBlock], Job]) -> None:
+    def advance(
+        self,
+        step: int,
+        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job],
+        keys: Collection[str] | None = None,
+    ) -> None:
         """Start the refreshes of this step, swap in those whose time has come, send those of the next step.
+
+        Args:
+            keys: the blocks of this part of the step; None is all of them.
 
         Raises:
             RefreshError: on every rank, after too many failures of one block.
         """
         self.executor.poll()
-        for key, owner in self._owners.items():
-            block = self._blocks[key]
-            if not self.schedule.refreshes(key, step) or block.observations == block.refreshed_observations:
-                continue
-            block.refreshed_observations = block.observations
-            self.in_flight.append(InFlight(key=key, started=step, swap=self.schedule.swap_step(step)))
-            if owner == self._transport.rank:
-                self.executor.submit((key, step), make_job(block))
+        self._start(step, make_job, keys)
         self._finish_gather()
-        due = [entry for entry in self.in_flight if entry.swap <= step]
+        in_part = [entry for entry in self.in_flight if keys is None or entry.key in keys]
+        due = [entry for entry in in_part if entry.swap <= step]
         if due:
             self._start_gather([entry for entry in due if entry.delivered is None])
             self._finish_gather()
-            self.in_flight = [entry for entry in self.in_flight if entry.swap > step]
+            swapped = {id(entry) for entry in due}
+            self.in_flight = [entry for entry in self.in_flight if id(entry) not in swapped]
             for entry in due:
                 assert entry.delivered is not None
                 self._install(entry, entry.delivered)
         # a transfer of roots overlaps the next forward and backward pass, unless that would leave a refresh no step
         # of its own to run in
-        coming = [e for e in self.in_flight if e.swap == step + 1 and e.started < step and e.delivered is None]
+        coming = [e for e in in_part if e.swap == step + 1 and e.started < step and e.delivered is None]
         if coming and self._transport.size > 1:
             self._start_gather(coming)
+
+    def _start(
+        self,
+        step: int,
+        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job],
+        keys: Collection[str] | None,
+    ) -> None:
+        starting = []
+        for key in self.places:
+            block = self.blocks[key]
+            if (
+                (keys is not None and key not in keys)
+                or not self.schedule.refreshes(key, step)
+                or block.observations == block.refreshed_observations
+            ):
+                continue
+            block.refreshed_observations = block.observations
+            self.in_flight.append(InFlight(key=key, started=step, swap=self.schedule.swap_step(step)))
+            starting.append(key)
+        away = [(key, self.places[key]) for key in starting if self.places[key].keeper != self.places[key].refresher]
+        sent = exchange_statistics(self._transport, self.blocks, away) if away else {}
+        for key in starting:
+            if self.places[key].refresher == self._transport.rank:
+                block = self.blocks[key]
+                statistics = sent.get(key) or block.statistics
+                assert statistics is not None
+                self.executor.submit((key, step), make_job(block, statistics))
+
+    def close(self) -> None:
+        """Finish what is under way, here and between ranks, and stop the workers."""
+        self._finish_gather()
+        self.drain()
+        self.executor.close()
 
     def drain(self) -> None:
         """Wait for this rank's own refreshes in flight and keep their outcomes; nothing is swapped in or received."""
@@ -114,7 +128,12 @@ class Refresher:
         self._finish_gather()
         self.executor.close()
         self.in_flight = [
-            InFlight(key=row["key"], started=row["started"], swap=row["swap"], delivered=Outcome(**row["outcome"]))
+            InFlight(
+                key=row["key"],
+                started=row["started"],
+                swap=row["swap"],
+                delivered=Outcome(**{"ok": row["outcome"]["roots"] is not None, **row["outcome"]}),
+            )
             for row in rows
         ]
 
@@ -122,11 +141,11 @@ class Refresher:
         """Give another refresher what is in flight: the plan was built anew, the executor stays."""
         self._finish_gather()
         other.waited, other._late, other._said = self.waited, self._late, self._said
-        other.in_flight = [entry for entry in self.in_flight if entry.key in other._blocks]
+        other.in_flight = [entry for entry in self.in_flight if entry.key in other.blocks]
 
     def _collect(self, entry: InFlight) -> None:
         """Take this rank's own result from the executor, waiting for it if need be."""
-        if entry.known is None and self._owners[entry.key] == self._transport.rank:
+        if entry.known is None and self.places[entry.key].refresher == self._transport.rank:
             begin = time.monotonic()
             result = self.executor.result((entry.key, entry.started))
             if entry.swap > entry.started:
@@ -151,47 +170,30 @@ class Refresher:
             )
 
     def _start_gather(self, entries: list[InFlight]) -> None:
-        """Send own outcomes to every rank: replicas get the refresher's bits and never recompute a root.
+        """Send own outcomes to the blocks' homes: they get the refresher's bits and never recompute a root.
 
         Which entries, and so every size, is the same on all ranks.
         """
-        rank, size = self._transport.rank, self._transport.size
         for entry in entries:
             self._collect(entry)
-        if size == 1 or not entries:
+        if self._transport.size == 1 or not entries:
             for entry in entries:
                 entry.delivered = entry.own
             return
-        sizes, packed = [0] * size, []
-        for entry in entries:
-            layout = self._layout(entry.key)
-            sizes[self._owners[entry.key]] += message_size(*layout)
-            if entry.own is not None:
-                packed += pack(entry.own, *layout)
-        own = pack_bytes(packed) if sizes[rank] else None
-        self._gathering = entries, self._transport.start_broadcast_from_owners(sizes, own)
+        self._gathering = Gathering(self._transport, entries, self.places, self._layout)
 
     def _finish_gather(self) -> None:
-        if self._gathering is None:
-            return
-        entries, pending = self._gathering
-        self._gathering = None
-        flats = pending.wait()
-        positions = [0] * len(flats)
-        for entry in entries:
-            owner, layout = self._owners[entry.key], self._layout(entry.key)
-            length = message_size(*layout)
-            part = flats[owner][positions[owner] : positions[owner] + length]
-            entry.delivered = entry.own or unpack(part, *layout, owner)
-            positions[owner] += length
+        if self._gathering is not None:
+            self._gathering.finish()
+            self._gathering = None
 
     def _layout(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        block = self._blocks[key]
+        block = self.blocks[key]
         return block.block.orders, block.compute_dtype
 
     def _install(self, entry: InFlight, outcome: Outcome) -> None:
-        block = self._blocks[entry.key]
-        if outcome.roots is None:
+        block = self.blocks[entry.key]
+        if not outcome.ok:
             block.failures += 1
             logger.warning(
                 "refresh of %s started at step %d failed (%d in a row): %s; the previous root stays in use",
@@ -203,15 +205,17 @@ class Refresher:
             if block.failures >= self._max_failures:
                 raise RefreshError(
                     f"block {entry.key}: {block.failures} refreshes in a row failed on rank "
-                    f"{self._owners[entry.key]} (its log says why), the last one started at step {entry.started} "
-                    f"(condition number {outcome.condition_number:.3g}, residual {outcome.residual:.3g}). Raise "
-                    f"preconditioner_eps, or exclude the parameter with "
+                    f"{self.places[entry.key].refresher} (its log says why), the last one started at step "
+                    f"{entry.started} (condition number {outcome.condition_number:.3g}, residual "
+                    f"{outcome.residual:.3g}). "
+                    f"Raise preconditioner_eps, or exclude the parameter with "
                     f"overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
                 )
             return
-        block.failures = 0
-        device = self.device_of(entry.key)
-        block.roots = [root.to(device) for root in outcome.roots]
+        block.failures, block.ready = 0, True
+        if self._transport.rank in self.places[entry.key].homes:
+            assert outcome.roots is not None
+            block.roots = [root.to(block.device) for root in outcome.roots]
         block.diagnostics = {
             "condition_number": outcome.condition_number,
             "residual": outcome.residual,

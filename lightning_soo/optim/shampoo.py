@@ -62,6 +62,8 @@ class Shampoo(SecondOrderOptimizer):
         grafting_beta2: decay of the graft's second moment; None is ``betas[1]``.
         grafting_norm: match norms over the whole ``"parameter"`` (Google) or per ``"block"`` (Meta).
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
+        exchange_bucket_bytes: size of one buffer in which blocks that sharding has cut travel to the rank that
+            preconditions them and back; a block that is larger travels alone.
         compute_dtype: of the roots and the products with them (``torch.bfloat16`` is several times faster on current
             CPUs and GPUs); None is float32, or float64 for float64 parameters.
         overrides: exceptions by name pattern or module class, first match wins:
@@ -105,6 +107,7 @@ class Shampoo(SecondOrderOptimizer):
         grafting_beta2: float | None = None,
         grafting_norm: str = "parameter",
         nonfinite: str = "skip",
+        exchange_bucket_bytes: int = 2**25,
         compute_dtype: torch.dtype | str | None = None,
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
@@ -128,6 +131,7 @@ class Shampoo(SecondOrderOptimizer):
             grafting_beta2=grafting_beta2,
             grafting_norm=grafting_norm,
             nonfinite=nonfinite,
+            exchange_bucket_bytes=exchange_bucket_bytes,
             compute_dtype=compute_dtype,
             overrides=overrides,
             workers=workers,

@@ -27,20 +27,13 @@ class StatefulOptimizer(PlannedOptimizer):
         incomplete and is refused by :meth:`load_state_dict`.
         """
         state = super().state_dict()
-        names = self.parameter_names()
-        if any(name.startswith("group") and name[5:6].isdigit() for name in names):
+        if any(name.startswith("group") and name[5:6].isdigit() for name in self.parameter_names()):
             warnings.warn(
                 "saving an optimizer whose parameters have no names: pass named_parameters() or the model, so that "
                 "a checkpoint can be matched by name",
                 stacklevel=2,
             )
-        state["second_order"] = {
-            **self._store.state_dict(self.steps, complete=self._transport.size == 1),
-            "method": self.method,
-            "names": names,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-        }
+        state["second_order"] = self.blocks_state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -50,11 +43,55 @@ class StatefulOptimizer(PlannedOptimizer):
             ValueError: another optimizer's state, an incomplete one, other parameters or other blocks.
         """
         saved = state_dict.get("second_order")
+        if saved is None and self._layout is not None and self._layout.engine != "dense":
+            # engines that shard the state pass torch's part alone; the blocks come by load_blocks
+            self._load_torch(state_dict)
+            self._awaits_blocks = self._has_moved()
+            return
         if not isinstance(saved, Mapping):
             raise ValueError(
                 f"this is not a state of {type(self).__name__}: the key 'second_order' is missing (the state of "
                 "another optimizer?)"
             )
+        self._check(saved)
+        self._load_torch(state_dict)
+        self._load_checked(saved)
+
+    def blocks_state_dict(self) -> dict[str, Any]:
+        """The part of :meth:`state_dict` that torch knows nothing of, for engines that save torch's part themselves."""
+        return {
+            **self._store.state_dict(self.steps, complete=self._transport.size == 1),
+            "method": self.method,
+            "names": self.parameter_names(),
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_blocks(self, saved: Mapping[str, Any]) -> None:
+        """Load what :meth:`blocks_state_dict` gave, saved at any number of ranks; every rank gets all of it.
+
+        Raises:
+            ValueError: another optimizer's state, an incomplete one, other parameters or other blocks.
+        """
+        self._check(saved)
+        self._load_checked(saved)
+
+    def restart_blocks(self) -> None:
+        """Go on with the moments that an engine has loaded, and collect statistics anew."""
+        self._awaits_blocks = False
+
+    def _has_moved(self) -> bool:
+        """Whether the moments that were loaded have seen a step."""
+        return any(float(state["step"]) > 0 for state in self.state.values() if "step" in state)
+
+    def _refuse_missing_blocks(self) -> None:
+        raise RuntimeError(
+            "this optimizer's moments were loaded from a checkpoint, but its preconditioners were not: load them with "
+            "optimizer.load_blocks(...) (the SecondOrder callback and our strategies do), or call "
+            "optimizer.restart_blocks() to collect them anew"
+        )
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
         if saved["method"] != self.method:
             raise ValueError(f"state of {saved['method']!r}, but this optimizer is {self.method!r}")
         names = self.parameter_names()
@@ -64,17 +101,21 @@ class StatefulOptimizer(PlannedOptimizer):
                 f"saved for {len(saved['names'])} parameters, here are {len(names)}"
                 + (f"; first difference: {differing[0]}" if differing else "")
             )
-        expected = {unit.key: unit.block.orders for unit in (self._plan or self._build_plan(ranks=1)).units}
+        expected = {unit.key: unit.block.orders for unit in (self._plan or self._build_plan()).units}
         self._store.check(saved, expected)
+
+    def _load_torch(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        groups = [group for group in self.param_groups for _ in group["params"]]  # torch replaced the dictionaries
-        for member, group in zip(self._members, groups, strict=False):
-            member.group = group
+        self._all_groups = self.param_groups  # torch replaced the dictionaries
+        for member in self._members:
+            member.group = self.param_groups[member.group_number]
+
+    def _load_checked(self, saved: Mapping[str, Any]) -> None:
+        self._awaits_blocks = False
         self.steps, self.skipped_steps = int(saved["steps"]), int(saved["skipped_steps"])
         self._store.load(saved)
         if self._refresher is not None:
-            blocks = {block.block.key: block for member in self._members for block in member.blocks}
-            self._store.install(blocks, self._refresher)
+            self._store.install(self._members, self._refresher)
 
     def __getstate__(self) -> dict[str, Any]:
         self._store.drain()
@@ -91,6 +132,7 @@ class StatefulOptimizer(PlannedOptimizer):
         if copied is not None:  # a copy or an unpickled optimizer, not load_state_dict
             self._reset_runtime()
         super().__setstate__(state)
+        self._all_groups = self.param_groups
         if copied is not None:
             names = list(copied["names"])
             for group in self.param_groups:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+# a preferred place is taken as long as its load stays below this multiple of the mean
+_NEAR_ENOUGH = 1.1
+
 
 def assign(costs: Sequence[float], bins: int, loads: Sequence[float] | None = None) -> list[int]:
     """Give each item a bin so that the largest load is small.
@@ -27,4 +30,32 @@ def assign(costs: Sequence[float], bins: int, loads: Sequence[float] | None = No
         load, index = heapq.heappop(heap)
         owners[item] = index
         heapq.heappush(heap, (load + costs[item], index))
+    return owners
+
+
+def assign_near(
+    costs: Sequence[float], preferred: Sequence[Sequence[int]], bins: int, loads: Sequence[float] | None = None
+) -> list[int]:
+    """As :func:`assign`, but an item stays with a bin it prefers while that bin is not overloaded.
+
+    Longest item first: to its least loaded preferred bin where the load stays below 1.1 times the mean (or where that
+    bin is the least loaded of all), else to the least loaded bin.
+
+    Args:
+        preferred: for each item the bins where it costs nothing to be.
+    """
+    current = [0.0] * bins if loads is None else list(loads)
+    limit = _NEAR_ENOUGH * (sum(current) + sum(costs)) / bins
+    owners = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        near = min(preferred[item], key=lambda index: (current[index], index), default=None)
+        lightest = min(range(bins), key=lambda index: (current[index], index)) if near is None else None
+        if near is not None and current[near] + costs[item] > limit:
+            lightest = min(range(bins), key=lambda index: (current[index], index))
+            if current[lightest] < current[near]:
+                near = lightest
+        owner = near if near is not None else lightest
+        assert owner is not None
+        owners[item] = owner
+        current[owner] += costs[item]
     return owners

@@ -32,10 +32,9 @@ def product_flops(block: Block) -> float:
     return 2.0 * math.prod(block.shape) * sum(block.orders)
 
 
-def owner_milliseconds_per_step(block: Block, *, precondition_frequency: int, statistics_frequency: int) -> float:
-    """What the refresher of a block pays per step: its share of a refresh and of a statistics update."""
-    statistics = product_flops(block) / FLOPS_PER_MILLISECOND_FLOAT32
-    return refresh_milliseconds(block) / precondition_frequency + statistics / statistics_frequency
+def statistics_milliseconds_per_step(block: Block, statistics_frequency: int) -> float:
+    """What the keeper of a block's statistics pays per step."""
+    return product_flops(block) / FLOPS_PER_MILLISECOND_FLOAT32 / statistics_frequency
 
 
 def home_milliseconds_per_step(block: Block) -> float:

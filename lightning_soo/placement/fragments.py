@@ -5,6 +5,7 @@ True of every engine: all of it (one device, DDP), whole rows (FSDP2), or a slic
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ _WRAPPER_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Elements ``[start, stop)`` of a parameter's row-major order, at ``offset`` of ``tensor``'s storage order.
+    """Elements ``[start, stop)`` of a parameter's row-major order; none where this rank holds nothing of it.
 
     Attributes:
         name: canonical name of the parameter.
         shape: the parameter's true shape.
-        tensor: what the optimizer updates (the parameter itself on one device and under DDP).
+        tensor: what the optimizer updates: the parameter, a DTensor, a view of a flat shard, or a whole flat shard.
+        offset: of element ``start`` in ``tensor``'s local elements.
     """
 
     name: str
@@ -31,9 +33,7 @@ class Fragment:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        numel = 1
-        for size in self.shape:
-            numel *= size
+        numel = math.prod(self.shape)
         if not 0 <= self.start <= self.stop <= numel:
             raise ValueError(
                 f"fragment of {self.name!r}: [{self.start}, {self.stop}) is not inside its {numel} elements"
@@ -41,10 +41,25 @@ class Fragment:
 
     @property
     def is_whole(self) -> bool:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return self.start == 0 and self.stop == numel
+        return self.start == 0 and self.stop == math.prod(self.shape)
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This fragment's part of ``tensor``, which is laid out like the fragment's own (a gradient, a moment).
+
+        Returns:
+            A view: the tensor itself where it is the whole parameter, of the parameter's shape where the fragment is
+            whole, else one-dimensional.
+        """
+        tensor = to_local(tensor)
+        if tensor.shape == self.shape:
+            return tensor
+        flat = tensor.view(-1)[self.offset : self.offset + self.stop - self.start]
+        return flat.view(self.shape) if self.is_whole else flat
+
+
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements that this rank holds of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def canonical_name(name: str) -> str:

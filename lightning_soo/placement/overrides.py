@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import BlockRules
 
@@ -21,12 +23,14 @@ class ParameterSpec:
     Attributes:
         module_classes: names of the classes of the module that holds it, most derived first (``("Embedding",
             "Module")``); empty where no model was given.
+        part: the call of ``step()`` that moves it, for engines that step group by group.
         requires_grad: a frozen parameter has no blocks until it is unfrozen.
     """
 
     name: str
     shape: tuple[int, ...]
-    element_size: int
+    dtype: torch.dtype = torch.float32
+    part: int = 0
     requires_grad: bool = True
     module_classes: tuple[str, ...] = ()
 

@@ -1,33 +1,45 @@
-"""The plan: every parameter's blocks, who refreshes each, what it costs. A pure function; the same on every rank."""
+"""The plan: every parameter's blocks, where each lives, what it costs. A pure function; the same on every rank."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from lightning_soo.placement.assignment import assign
 from lightning_soo.placement.blocks import Block, BlockRules, partition
-from lightning_soo.placement.costs import owner_milliseconds_per_step
+from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets, travel_parts
+from lightning_soo.placement.homes import Place, place_blocks
+from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import Override, ParameterSpec, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What is owned as one: a block, and the rank whose workers compute its statistics and roots.
+    """What is owned as one: a block, and its place.
 
-    Every replica is a home: it holds the roots and applies them to its own copy of the gradient.
+    Attributes:
+        root_bytes, statistics_bytes: of one copy of its roots and of its statistics.
     """
 
     block: Block
-    refresher: int
-    milliseconds_per_step: float
+    place: Place
+    root_bytes: int
+    statistics_bytes: int
 
     @property
     def key(self) -> str:
         return self.block.key
+
+    @property
+    def refresher(self) -> int:
+        return self.place.refresher
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        return self.place.homes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +61,74 @@ class PlannedParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that was decided before the first step."""
+    """Everything that was decided before the first step.
+
+    Attributes:
+        buckets: part of the step -> what travels in it, in order.
+    """
 
     parameters: tuple[PlannedParameter, ...]
-    ranks: int
+    table: FragmentTable
+    buckets: Mapping[int, tuple[Bucket, ...]]
 
     @property
+    def ranks(self) -> int:
+        return self.table.ranks
+
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         return tuple(unit for parameter in self.parameters for unit in parameter.units)
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether every rank is a home of every unit: one device, DDP."""
+        return all(len(unit.homes) == self.ranks for unit in self.units)
+
+    @property
     def loads(self) -> list[float]:
-        """Milliseconds per step that each rank spends for the units it owns."""
+        """Milliseconds per step that each rank spends for the units it refreshes."""
         loads = [0.0] * self.ranks
         for unit in self.units:
-            loads[unit.refresher] += unit.milliseconds_per_step
+            loads[unit.refresher] += unit.place.milliseconds
         return loads
 
     @property
     def balance(self) -> float:
         """Largest load over the mean load: 1 is perfect."""
-        mean = sum(self.loads) / self.ranks
-        return max(self.loads) / mean if mean > 0 else 1.0
+        return _largest_over_mean(self.loads)
+
+    @property
+    def state_bytes(self) -> list[int]:
+        """Preconditioner state of each rank: roots where they are applied, statistics where they are kept."""
+        count = [0] * self.ranks
+        for unit in self.units:
+            for home in unit.homes:
+                count[home] += unit.root_bytes
+            count[unit.place.keeper] += unit.statistics_bytes
+        return count
+
+    @property
+    def state_balance(self) -> float:
+        """Largest state of a rank over the mean state."""
+        return _largest_over_mean(self.state_bytes)
+
+    @property
+    def exchange_bytes(self) -> int:
+        """The most that any rank sends or receives of gradients, one way, per step."""
+        sent, received = [0] * self.table.shards, [0] * self.table.shards
+        for bucket in self._all_buckets:
+            for place in range(self.table.shards):
+                away = [count for home, count in enumerate(bucket.sent(place)) if home != place]
+                sent[place] += sum(away) * bucket.dtype.itemsize
+                come = [count for source, count in enumerate(bucket.received(place)) if source != place]
+                received[place] += sum(come) * bucket.dtype.itemsize
+        return max(*sent, *received)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The most that exchange buffers occupy on a rank: two buckets under way, each with its way back."""
+        largest = sorted((bucket.largest_bytes for bucket in self._all_buckets), reverse=True)[:2]
+        return 4 * sum(largest)
 
     @property
     def preconditioned_share(self) -> float:
@@ -79,13 +137,21 @@ class Plan:
         covered = sum(math.prod(p.spec.shape) for p in self.parameters if p.is_preconditioned)
         return covered / total if total else 0.0
 
+    @property
+    def _all_buckets(self) -> list[Bucket]:
+        return [bucket for buckets in self.buckets.values() for bucket in buckets]
+
     def digest(self) -> str:
         """Hash of everything that must be the same on every rank."""
         rows = [
-            [p.name, list(p.spec.shape), p.reason, [[u.key, u.refresher, list(u.block.dims)] for u in p.units]]
+            [
+                *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason),
+                [[u.key, u.refresher, list(u.homes), u.place.travels, list(u.block.dims)] for u in p.units],
+            ]
             for p in self.parameters
         ]
-        return hashlib.sha256(json.dumps([self.ranks, rows]).encode()).hexdigest()
+        buckets = [[part, [[t.key for t in b.travellers] for b in found]] for part, found in self.buckets.items()]
+        return hashlib.sha256(json.dumps([self.table.digest_rows(), rows, buckets]).encode()).hexdigest()
 
 
 def build_plan(
@@ -94,17 +160,22 @@ def build_plan(
     *,
     overrides: Sequence[Override] = (),
     ranks: int = 1,
+    table: FragmentTable | None = None,
     precondition_frequency: int = 20,
     statistics_frequency: int = 1,
-    previous: Mapping[str, int] | None = None,
+    exchange_bucket_bytes: int = 2**25,
+    element_bytes: Callable[[ParameterSpec], tuple[int, int]] = lambda spec: (spec.dtype.itemsize, 4),
+    previous: Mapping[str, Place] | None = None,
 ) -> Plan:
-    """Cut parameters into blocks and balance their refreshers over ``ranks``.
+    """Cut parameters into blocks and give each a place.
 
     Args:
-        previous: block key -> refresher of the plan before; blocks that are still there stay where they are, so that
+        table: what every rank holds; None is everything on each of ``ranks``.
+        element_bytes: size of an element of a parameter's roots and of its statistics.
+        previous: block key -> place in the plan before; blocks that are still there stay where they are, so that
             nothing moves when a parameter group is added.
     """
-    previous = previous or {}
+    table = table or FragmentTable.whole([math.prod(spec.shape) for spec in specs], ranks)
     cut: list[tuple[ParameterSpec, list[Block], str]] = []
     for spec, (method, own) in zip(specs, resolve(specs, rules, overrides), strict=True):
         blocks: list[Block] = []
@@ -115,30 +186,52 @@ def build_plan(
         else:
             blocks, reason = partition(spec.name, spec.shape, own)
         cut.append((spec, blocks, reason))
-
-    costs = {
-        block.key: owner_milliseconds_per_step(
-            block, precondition_frequency=precondition_frequency, statistics_frequency=statistics_frequency
-        )
-        for _, blocks, _ in cut
-        for block in blocks
-    }
-    owners = {key: previous[key] for key in costs if key in previous}
-    loads = [0.0] * ranks
-    for key, owner in owners.items():
-        loads[owner] += costs[key]
-    new = [key for key in costs if key not in owners]
-    owners.update(zip(new, assign([costs[key] for key in new], ranks, loads), strict=True))
-
-    parameters = tuple(
-        PlannedParameter(
-            spec=spec,
-            reason=reason,
-            units=tuple(
-                Unit(block=block, refresher=owners[block.key], milliseconds_per_step=costs[block.key])
-                for block in blocks
-            ),
-        )
-        for spec, blocks, reason in cut
+    places = place_blocks(
+        [(parameter, block) for parameter, (_, blocks, _) in enumerate(cut) for block in blocks],
+        table,
+        precondition_frequency=precondition_frequency,
+        statistics_frequency=statistics_frequency,
+        previous=previous or {},
     )
-    return Plan(parameters=parameters, ranks=ranks)
+    parameters = []
+    for spec, blocks, reason in cut:
+        root_size, statistics_size = element_bytes(spec)
+        units = []
+        for block in blocks:
+            elements = sum(order**2 for order in block.orders)
+            units.append(
+                Unit(
+                    block=block,
+                    place=places[block.key],
+                    root_bytes=elements * root_size,
+                    statistics_bytes=elements * statistics_size,
+                )
+            )
+        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason))
+    travellers: dict[int, list[Traveller]] = {}
+    number = 0
+    copy = table.copy_of(0)
+    for index, parameter in enumerate(parameters):
+        ranges = [table.ranges[rank][index] for rank in copy]
+        for unit in parameter.units:
+            if unit.place.travels:
+                travellers.setdefault(parameter.spec.part, []).append(
+                    Traveller(
+                        unit=number,
+                        key=unit.key,
+                        parameter=index,
+                        home=table.shard[unit.homes[0]],
+                        dtype=parameter.spec.dtype,
+                        parts=travel_parts(unit.block.merged_shape, unit.block.ranges, ranges),
+                    )
+                )
+            number += 1
+    buckets = {
+        part: tuple(fill_buckets(found, table.shards, exchange_bucket_bytes)) for part, found in travellers.items()
+    }
+    return Plan(parameters=tuple(parameters), table=table, buckets=buckets)
+
+
+def _largest_over_mean(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return max(values) / mean if mean > 0 else 1.0

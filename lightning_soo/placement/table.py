@@ -11,12 +11,11 @@ from lightning_soo.placement.plan import Plan, PlannedParameter
 _HEADER = ("parameter", "shape", "engine", "method", "blocks", "home", "refresher", "state", "note")
 
 
-def plan_table(plan: Plan, *, engine: str, method: str, graft: str, root_bytes: int, statistics_bytes: int) -> str:
+def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
     """Render the plan.
 
     Args:
         graft: what moves the parameters that are not preconditioned.
-        root_bytes, statistics_bytes: size of one element of each.
     """
     groups: dict[tuple[object, ...], list[PlannedParameter]] = {}
     for parameter in plan.parameters:
@@ -26,7 +25,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str, root_bytes: 
     rows = [_HEADER]
     for members in groups.values():
         first = members[0]
-        elements = sum(order**2 for p in members for u in p.units for order in u.block.orders)
+        held = sum(unit.root_bytes + unit.statistics_bytes for p in members for unit in p.units)
         owners = sorted({unit.refresher for p in members for unit in p.units})
         rows.append(
             (
@@ -35,37 +34,60 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str, root_bytes: 
                 engine,
                 method if first.units else graft if first.spec.requires_grad else "-",
                 _blocks_text(first),
-                "all" if first.units and plan.ranks > 1 else "-" if not first.units else "0",
-                ",".join(map(str, owners)) or "-",
-                format_bytes(elements * (root_bytes + statistics_bytes)) if elements else "-",
-                first.reason,
+                _homes_text(plan, members),
+                _numbers(owners),
+                format_bytes(held) if held else "-",
+                first.reason or _travel_text(members),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, *_summary(plan, root_bytes, statistics_bytes)])
+    return "\n".join([*lines, *_summary(plan)])
 
 
-def _summary(plan: Plan, root_bytes: int, statistics_bytes: int) -> list[str]:
-    elements = [0] * plan.ranks
-    total = 0
-    for unit in plan.units:
-        count = sum(order**2 for order in unit.block.orders)
-        total += count
-        elements[unit.refresher] += count
-    roots, statistics = total * root_bytes, max(elements) * statistics_bytes
+def _summary(plan: Plan) -> list[str]:
+    roots = sum(unit.root_bytes for unit in plan.units)
+    held = plan.state_bytes
     lines = [
         f"{len(plan.units)} blocks; {plan.preconditioned_share:.1%} of trainable elements preconditioned; at most "
-        f"{format_bytes(roots + statistics)} of preconditioner state on a rank (roots {format_bytes(roots)}, its "
-        f"statistics {format_bytes(statistics)})"
+        f"{format_bytes(max(held))} of preconditioner state on a rank"
+        + (f" ({plan.state_balance:.2f}x the mean)" if plan.ranks > 1 else "")
     ]
     if plan.ranks > 1:
         lines.append(
             f"refreshes divided over {plan.ranks} ranks, largest load {plan.balance:.2f}x the mean; "
-            f"{format_bytes(roots)} of roots gathered per interval, no gradient traffic"
+            f"{format_bytes(roots)} of roots gathered per interval"
         )
+        travelling = sum(unit.place.travels for unit in plan.units)
+        if travelling:
+            lines.append(
+                f"{travelling} blocks are cut by sharding: a rank sends at most {format_bytes(plan.exchange_bytes)} of "
+                f"gradients per step and as much comes back, through at most {format_bytes(plan.buffer_bytes)} of "
+                "buffers"
+            )
+        else:
+            lines.append("no gradient traffic")
     return lines
+
+
+def _homes_text(plan: Plan, members: Sequence[PlannedParameter]) -> str:
+    homes = sorted({home for member in members for unit in member.units for home in unit.homes})
+    if not homes:
+        return "-"
+    everywhere = all(len(unit.homes) == plan.ranks for member in members for unit in member.units)
+    return "all" if everywhere and plan.ranks > 1 else _numbers(homes)
+
+
+def _travel_text(members: Sequence[PlannedParameter]) -> str:
+    count = sum(unit.place.travels for member in members for unit in member.units)
+    return f"{count} cut" if count else ""
+
+
+def _numbers(values: Sequence[int]) -> str:
+    if len(values) > 8:
+        return f"{values[0]},{values[1]},..,{values[-1]}"
+    return ",".join(map(str, values)) or "-"
 
 
 def _blocks_text(parameter: PlannedParameter) -> str:

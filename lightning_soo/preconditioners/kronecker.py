@@ -22,7 +22,7 @@ _SMALLEST, _LARGEST = 1e-10, 1e12
 
 @dataclass
 class KroneckerStatistics:
-    """Running second moments of one block; exists on the block's refresher alone.
+    """Running second moments of one block; exists on the rank that keeps it alone.
 
     Attributes:
         matrices: one ``(n, n)`` per preconditioned dimension, of ``scale * G``.
@@ -92,21 +92,26 @@ class KroneckerBlock:
     Attributes:
         exponent: ``p``.
         compute_dtype: dtype of the roots, in which the products of :meth:`precondition` run.
-        statistics: on the refresher, else None.
+        statistics_dtype: dtype of the statistics, wherever they are kept.
+        statistics: on the rank that keeps them, else None.
         weight: sum of the weights of all gradients seen, ``1 - b2^t``, by which the statistics are corrected; 1 for a
             plain sum. Known on every rank.
         observations: how many gradients were seen; known on every rank.
         refreshed_observations: how many the last refresh had seen.
-        roots: one ``(n, n)`` per preconditioned dimension, None before the first is in.
+        ready: whether roots are in use, wherever the block lives; known on every rank.
+        roots: one ``(n, n)`` per preconditioned dimension where the block is applied, None before the first is in.
     """
 
     block: Block
     exponent: float
     compute_dtype: torch.dtype
+    statistics_dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     statistics: KroneckerStatistics | None = None
     weight: float = 0.0
     observations: int = 0
     refreshed_observations: int = 0
+    ready: bool = False
     roots: list[Tensor] | None = None
     failures: int = 0
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -115,6 +120,11 @@ class KroneckerBlock:
         """Keep the sum of weights, on every rank, whoever holds the statistics."""
         self.weight = self.weight * decay + weight if decay < 1.0 else 1.0
         self.observations += 1
+
+    def observe(self, gradient: Tensor, *, decay: float, weight: float, magnitude: float) -> None:
+        """Add a gradient to the statistics that are kept here."""
+        assert self.statistics is not None
+        self.statistics.observe(self.block, gradient, decay=decay, weight=weight, magnitude=magnitude)
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """Return ``gradient`` times the roots, in ``compute_dtype`` and the gradient's shape."""

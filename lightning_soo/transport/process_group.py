@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,25 @@ class Pending:
         return [buffer.cpu() for buffer in self._buffers]
 
 
+class Arriving:
+    """One buffer on its way from all ranks of a group."""
+
+    def __init__(self, buffer: Tensor, handle: Any, device: torch.device) -> None:
+        self._buffer, self._handle, self._device = buffer, handle, device
+
+    def wait(self) -> Tensor:
+        """The parts of all ranks end to end, on the device that was sent from."""
+        if self._handle is not None:
+            self._handle.wait()
+        return self._buffer.to(self._device)
+
+
 class Transport:
-    """Collectives over the replicas of one model; with one rank every call is local and free.
+    """Collectives over a group of ranks; with one rank every call is local and free.
 
     Attributes:
         rank, size: place and number of ranks in the group.
+        calls: collectives started so far, by kind, for tests that compare them with the plan.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, enabled: bool = True) -> None:
@@ -39,6 +54,7 @@ class Transport:
         self._group = group if active else None
         self.rank = dist.get_rank(group) if active else 0
         self.size = dist.get_world_size(group) if active else 1
+        self.calls: Counter[str] = Counter()
         self._device = torch.device("cpu")
         if self.size > 1 and "nccl" in str(dist.get_backend(group)) and "gloo" not in str(dist.get_backend(group)):
             self._device = torch.device("cuda", torch.cuda.current_device())
@@ -47,9 +63,34 @@ class Transport:
         """Elementwise maximum over ranks of a small vector."""
         if self.size == 1:
             return values
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Elementwise sum over ranks of a small vector; the same bits on all of them."""
+        if self.size == 1:
+            return values
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        self.calls["all_reduce"] += 1
         moved = values.to(self._device)
-        dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(moved, op=operation, group=self._group)
         return moved.to(values.device)
+
+    def start_exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arriving:
+        """Give every rank its part of one flat buffer and get its own part from each, once waited for.
+
+        Args:
+            send: one-dimensional; the parts for rank 0, 1, ... end to end.
+            sent, received: elements for and from each rank, known to all from the plan; may be zero.
+        """
+        if self.size == 1:
+            return Arriving(send, None, send.device)
+        self.calls["all_to_all"] += 1
+        source = send.to(self._device)
+        target = torch.empty(sum(received), dtype=send.dtype, device=self._device)
+        handle = dist.all_to_all_single(target, source, list(received), list(sent), group=self._group, async_op=True)
+        return Arriving(target, handle, send.device)
 
     def start_broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None) -> Pending:
         """Every rank gives one flat byte buffer and gets all of them, once the result is waited for.
@@ -70,6 +111,7 @@ class Transport:
                 buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
             buffers.append(buffer)
             if size and self.size > 1:
+                self.calls["broadcast"] += 1
                 handles.append(dist.broadcast(buffer, src=self._global(rank), group=self._group, async_op=True))
         return Pending(buffers, handles)
 

@@ -47,6 +47,7 @@ net, optimizer = accelerator.prepare(net, optimizer)
 """
     + LOOP.format(backward="accelerator.backward(loss)")
     + """
+accelerator.wait_for_everyone()  # gloo aborts now and then when a peer leaves first
 accelerator.end_training()
 """
 )

@@ -41,7 +41,7 @@ def test_balance_against_its_lower_bound(costs: list[float], ranks: int) -> None
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64, 1024])
 def test_blocks_do_not_depend_on_ranks(ranks: int) -> None:
-    specs = [ParameterSpec(name=f"layers.{i}.weight", shape=(384, 1536), element_size=4) for i in range(12)]
+    specs = [ParameterSpec(name=f"layers.{i}.weight", shape=(384, 1536)) for i in range(12)]
     rules = BlockRules()
     alone, plan = build_plan(specs, rules), build_plan(specs, rules, ranks=ranks)
     assert [unit.key for unit in plan.units] == [unit.key for unit in alone.units]
@@ -65,8 +65,8 @@ def test_tall_and_embedding_are_one_sided() -> None:
 
 def test_overrides() -> None:
     specs = [
-        ParameterSpec(name="embed.weight", shape=(10, 4), element_size=4, module_classes=("Embedding",)),
-        ParameterSpec(name="lm_head.weight", shape=(10, 4), element_size=4, module_classes=("Linear",)),
+        ParameterSpec(name="embed.weight", shape=(10, 4), module_classes=("Embedding",)),
+        ParameterSpec(name="lm_head.weight", shape=(10, 4), module_classes=("Linear",)),
     ]
     none = Override.from_mapping({"match": "Linear", "method": "none"})
     plan = build_plan(specs, BlockRules(), overrides=[none])

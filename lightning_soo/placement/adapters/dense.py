@@ -2,72 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_soo.placement.fragments import Fragment, canonical_name
+from lightning_soo.placement.adapters.names import group_parameters, module_classes
+from lightning_soo.placement.fragments import Fragment
+from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.overrides import ParameterSpec
 
 
-def module_classes(model: nn.Module | None) -> dict[int, tuple[str, ...]]:
-    """``id(parameter)`` -> class names of every module that holds it.
-
-    By identity, not by name: a tied embedding is found under whichever name it was registered first.
-    """
-    found: dict[int, tuple[str, ...]] = {}
-    for module in model.modules() if model is not None else ():
-        for parameter in module.parameters(recurse=False):
-            names = tuple(base.__name__ for base in type(module).__mro__[:-1] if base is not nn.Module)
-            found[id(parameter)] = found.get(id(parameter), ()) + names
-    return found
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
+    return True
 
 
-def model_names(model: nn.Module | None) -> dict[int, str]:
-    """``id(parameter)`` -> canonical name; a tied parameter keeps its first name."""
-    if model is None:
-        return {}
-    return {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
-
-
-def list_fragments(names: Mapping[int, str], parameters: Iterable[torch.Tensor]) -> list[Fragment]:
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
     """One whole fragment per parameter.
 
     Raises:
-        TypeError: a parameter that another engine has sharded (a flat ZeRO partition has no shape of its own).
+        TypeError: a parameter that an engine has sharded without saying how.
     """
-    fragments = []
-    for parameter in parameters:
-        name = names[id(parameter)]
-        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements"):
-            raise TypeError(f"parameter {name!r} is a DTensor: only whole parameters (one device, DDP) are supported")
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            raise TypeError(f"parameter {name!r} is partitioned by DeepSpeed ZeRO: this engine is not supported")
-        if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
-            raise TypeError(f"parameter {name!r} is sharded by FSDP1: this engine is not supported")
-        if parameter.is_complex():
-            raise TypeError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are supported")
-        fragments.append(
-            Fragment(
-                name=name, shape=tuple(parameter.shape), start=0, stop=parameter.numel(), tensor=parameter, offset=0
-            )
-        )
-    return fragments
+    classes = module_classes(model)
+    fragments, specs, numbers = [], [], []
+    for parameter, number, name in group_parameters(groups, model):
+        _refuse_foreign(parameter, name, constructed)
+        fragment, spec = whole(parameter, name, classes)
+        fragments.append(fragment)
+        specs.append(spec)
+        numbers.append(number)
+    return Layout(engine="dense", fragments=tuple(fragments), specs=tuple(specs), groups=tuple(numbers))
 
 
-def parameter_specs(
-    fragments: Iterable[Fragment], classes: Mapping[int, tuple[str, ...]] | None = None
-) -> list[ParameterSpec]:
-    """What placement needs of each fragment's parameter."""
-    classes = classes or {}
-    return [
+def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> tuple[Fragment, ParameterSpec]:
+    """A parameter that this rank holds completely."""
+    if parameter.is_complex():
+        raise TypeError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are supported")
+    shape = tuple(parameter.shape)
+    return (
+        Fragment(name=name, shape=shape, start=0, stop=parameter.numel(), tensor=parameter),
         ParameterSpec(
-            name=fragment.name,
-            shape=fragment.shape,
-            element_size=fragment.tensor.element_size(),
-            requires_grad=fragment.tensor.requires_grad,
-            module_classes=classes.get(id(fragment.tensor), ()),
+            name=name,
+            shape=shape,
+            dtype=parameter.dtype,
+            requires_grad=parameter.requires_grad,
+            module_classes=classes.get(id(parameter), ()),
+        ),
+    )
+
+
+def _refuse_foreign(parameter: Tensor, name: str, constructed: Sequence[Any]) -> None:
+    attach = "call optimizer.attach(model) with the wrapped model, or build the optimizer with it"
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        raise TypeError(
+            f"parameter {name!r} belongs to DeepSpeed: call optimizer.attach(engine) with what "
+            "deepspeed.initialize returned"
         )
-        for fragment in fragments
-    ]
+    if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
+        raise TypeError(f"parameter {name!r} is sharded by FSDP: {attach}")
+    known = [other for other in (reference() for reference in constructed) if other is not None]
+    replaced = bool(known) and not any(other is parameter for other in known)
+    if replaced and parameter.ndim == 1 and not isinstance(parameter, nn.Parameter):
+        raise TypeError(
+            f"{name!r} is a flat tensor of {parameter.numel()} elements that an engine has put in the place of this "
+            f"optimizer's parameters: which parameters it holds is unknown; {attach}"
+        )

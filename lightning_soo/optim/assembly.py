@@ -1,0 +1,131 @@
+"""Brings units that no single rank holds to their homes, and what comes of them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_soo.optim.members import Member
+from lightning_soo.placement.boxes import Box, slices, volume, within
+from lightning_soo.placement.exchange import Bucket, Traveller
+from lightning_soo.placement.plan import Plan
+from lightning_soo.transport import Arriving, Transport
+
+Source = Callable[[Member], Tensor | None]
+
+
+class Assembly:
+    """Walks through the plan's buckets; the next one is under way while the caller works on one.
+
+    Which buckets, and every size, comes from the plan and from flags that all ranks share.
+    """
+
+    def __init__(self, plan: Plan, members: Sequence[Member], transport: Transport) -> None:
+        self._buckets = plan.buckets
+        self._units = plan.units
+        self._members = members
+        self._transport = transport
+        self._returning: tuple[Bucket, Arriving] | None = None
+        self._layouts: dict[tuple[int, bool], list[tuple[Traveller, Box, int]]] = {}
+
+    def arrive(
+        self, part: int, wanted: Callable[[Member], bool], source: Source
+    ) -> Iterator[tuple[Bucket, dict[str, Tensor]]]:
+        """Yield each bucket with the units that have their home here, assembled, by key.
+
+        Args:
+            wanted: whether a member's units are needed; the same on all ranks. A bucket without any is left out.
+            source: a member's local elements to send, contiguous; None sends zeros.
+        """
+        under_way: tuple[Bucket, Arriving] | None = None
+        for bucket in self._buckets.get(part, ()):
+            if not any(wanted(self._members[traveller.parameter]) for traveller in bucket.travellers):
+                continue
+            following = bucket, self._send(bucket, source)
+            if under_way is not None:
+                yield under_way[0], self._assemble(*under_way)
+            under_way = following
+        if under_way is not None:
+            yield under_way[0], self._assemble(*under_way)
+
+    def give_back(self, bucket: Bucket, results: Mapping[str, Tensor], target: Callable[[Member], Tensor]) -> None:
+        """Send what was made of a bucket's units to the ranks that hold them, and take what came of the last bucket.
+
+        Args:
+            results: by key, of the units whose home is here; zeros for those left out.
+            target: a member's local elements to write to, contiguous.
+        """
+        self.finish(target)
+        place = self._transport.rank
+        flat = torch.zeros(sum(bucket.received(place)), dtype=bucket.dtype, device=self._device(bucket))
+        for traveller, box, start in self._layout(bucket, home=place):
+            result = results.get(traveller.key)
+            if result is not None:
+                piece = result[slices(within(box, self._box(traveller)))]
+                flat[start : start + volume(box)].view(piece.shape).copy_(piece)
+        sent, received = bucket.received(place), bucket.sent(place)
+        self._returning = bucket, self._transport.start_exchange(flat, sent, received)
+
+    def finish(self, target: Callable[[Member], Tensor]) -> None:
+        """Wait for what was given back last."""
+        if self._returning is None:
+            return
+        bucket, arriving = self._returning
+        self._returning = None
+        flat = arriving.wait()
+        for traveller, box, start in self._layout(bucket, sender=self._transport.rank):
+            member = self._members[traveller.parameter]
+            if member.magnitude > 0 and member.is_ready:
+                view = member.view(target(member), box)
+                view.copy_(flat[start : start + volume(box)].view(view.shape))
+
+    def _send(self, bucket: Bucket, source: Source) -> Arriving:
+        place = self._transport.rank
+        sent = bucket.sent(place)
+        flat = torch.zeros(sum(sent), dtype=bucket.dtype, device=self._device(bucket))
+        for traveller, box, start in self._layout(bucket, sender=place):
+            member = self._members[traveller.parameter]
+            local = source(member)
+            if local is not None:
+                view = member.view(local, box)
+                flat[start : start + volume(box)].view(view.shape).copy_(view)
+        return self._transport.start_exchange(flat, sent, bucket.received(place))
+
+    def _assemble(self, bucket: Bucket, arriving: Arriving) -> dict[str, Tensor]:
+        flat = arriving.wait()
+        found: dict[str, Tensor] = {}
+        for traveller, box, start in self._layout(bucket, home=self._transport.rank):
+            if traveller.key not in found:
+                found[traveller.key] = flat.new_empty(self._units[traveller.unit].block.shape)
+            piece = found[traveller.key][slices(within(box, self._box(traveller)))]
+            piece.copy_(flat[start : start + volume(box)].view(piece.shape))
+        return found
+
+    def _layout(
+        self, bucket: Bucket, *, sender: int | None = None, home: int | None = None
+    ) -> list[tuple[Traveller, Box, int]]:
+        """Boxes and their positions in one rank's buffer: ordered by the other rank, then by unit.
+
+        Exactly one of ``sender`` (its buffer to the homes) and ``home`` (the buffer that arrives there) is given.
+        """
+        key = id(bucket), sender is None
+        if key in self._layouts:
+            return self._layouts[key]
+        found, start = [], 0
+        for other in range(self._transport.size):
+            for traveller in bucket.travellers:
+                if traveller.home != (other if home is None else home):
+                    continue
+                for box in traveller.parts[other if sender is None else sender]:
+                    found.append((traveller, box, start))
+                    start += volume(box)
+        self._layouts[key] = found
+        return found
+
+    def _box(self, traveller: Traveller) -> Box:
+        return self._units[traveller.unit].block.ranges
+
+    def _device(self, bucket: Bucket) -> torch.device:
+        return self._members[bucket.travellers[0].parameter].parameter().device

@@ -1,0 +1,158 @@
+"""DeepSpeed ZeRO-1, 2 and 3: flat float32 partitions, one ``step()`` per parameter group or sub-group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_soo.placement.adapters.names import model_names, module_classes
+from lightning_soo.placement.fragments import Fragment, canonical_name
+from lightning_soo.placement.layout import Layout
+from lightning_soo.placement.overrides import ParameterSpec
+
+_ENGINES = ("DeepSpeedEngine", "PipelineEngine")
+
+
+def _engine_optimizer(model: nn.Module | None, constructed: Sequence[Any]) -> Any:
+    """DeepSpeed's optimizer around ours: of the engine, or as the parameters themselves remember it."""
+    if model is not None and any(base.__name__ in _ENGINES for base in type(model).__mro__):
+        return getattr(model, "optimizer", None)
+    parameters = [reference() for reference in constructed]
+    parameters += list(model.parameters()) if model is not None else []
+    for parameter in parameters:
+        for attribute in ("_zero_optimizer", "_z3_optimizer"):
+            if hasattr(parameter, attribute):
+                return getattr(parameter, attribute)
+    return None
+
+
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
+    optimizer = _engine_optimizer(model, constructed)
+    # stage 0 in float32 steps the user's optimizer itself, on whole parameters
+    return optimizer is not None and getattr(optimizer, "optimizer", None) is not None
+
+
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
+    """Slices of every parameter in this rank's flat partitions.
+
+    Raises:
+        TypeError: a DeepSpeed feature that moves optimizer state elsewhere, by name.
+    """
+    zero = _engine_optimizer(model, constructed)
+    kind = type(zero).__name__
+    _refuse(zero, model, kind)
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        flats, rows, numbers = list(zero.fp32_partitioned_groups_flat), _stage3(zero), zero.sub_group_to_group_id
+    elif hasattr(zero, "single_partition_of_fp32_groups"):
+        flats, rows, numbers = list(zero.single_partition_of_fp32_groups), _linked(zero.bit16_groups), None
+    elif hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: ZeRO-1, gradients accumulated in float32
+        flats, rows, numbers = list(zero.fp32_groups_flat_partition), _linked(zero.bf16_groups), None
+    else:
+        raise TypeError(f"DeepSpeed's {kind} keeps its own flat copies: use ZeRO stage 1, 2 or 3")
+    at_once = hasattr(zero, "fp32_groups_flat_partition")
+    names = {**model_names(model), **{id(p): canonical_name(name) for p, name in zero.param_names.items()}}
+    classes = module_classes(model if model is not None else getattr(zero, "module", None))
+    fragments, specs = [], []
+    for part, parameter, shape, start, stop, offset in rows:
+        name = names[id(parameter)]
+        fragments.append(Fragment(name=name, shape=shape, start=start, stop=stop, tensor=flats[part], offset=offset))
+        specs.append(
+            ParameterSpec(
+                name=name,
+                shape=shape,
+                dtype=flats[part].dtype,
+                part=part,
+                module_classes=classes.get(id(parameter), ()),
+            )
+        )
+    group = zero.dp_process_group
+    ranks = tuple(dist.get_process_group_ranks(group))
+    parts = [spec.part for spec in specs]
+    return Layout(
+        engine="zero-3" if hasattr(zero, "fp32_partitioned_groups_flat") else f"zero-{_stage(zero)}",
+        fragments=tuple(fragments),
+        specs=tuple(specs),
+        groups=tuple(numbers[part] if numbers is not None else part for part in parts),
+        shard_group=group,
+        shard_ranks=ranks if len(ranks) > 1 else (),
+        part_of={} if at_once else {id(flat): part for part, flat in enumerate(flats)},
+        pending_gradients=None if at_once else _pending(zero, flats, fragments, parts),
+    )
+
+
+Row = tuple[int, Tensor, tuple[int, ...], int, int, int]
+
+
+def _linked(groups: Sequence[Sequence[Any]]) -> Iterator[Row]:
+    """``(part, parameter, shape, start, stop, offset)`` from the links that DeepSpeed hangs on every parameter."""
+    for part, parameters in enumerate(groups):
+        for parameter in parameters:
+            link = parameter._hp_mapping
+            if link is None:
+                yield part, parameter, tuple(parameter.shape), 0, 0, 0
+                continue
+            here, there = link.lp_fragment_address, link.hp_fragment_address
+            yield part, parameter, tuple(parameter.shape), here.start, here.start + here.numel, there.start
+
+
+def _stage3(zero: Any) -> Iterator[Row]:
+    for part, parameters in enumerate(zero.fp16_groups):
+        rank = dist.get_rank(zero._get_sub_group_process_group(part))
+        for parameter in parameters:
+            _, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
+            start = min(rank * numel, parameter.ds_numel)
+            stop = min(start + numel, parameter.ds_numel)
+            yield part, parameter, tuple(parameter.ds_shape), start, stop, offset
+
+
+def _pending(
+    zero: Any, flats: Sequence[Tensor], fragments: Sequence[Fragment], parts: Sequence[int]
+) -> Callable[[], tuple[Mapping[int, Tensor], float]]:
+    """Reads gradients of groups that DeepSpeed has not reached yet in its step; they are still scaled, unclipped."""
+    by_part: dict[int, dict[int, int]] = {}
+    for index, (fragment, part) in enumerate(zip(fragments, parts, strict=True)):
+        if fragment.stop > fragment.start:
+            by_part.setdefault(part, {})[fragment.offset] = index
+
+    def read() -> tuple[Mapping[int, Tensor], float]:
+        found: dict[int, Tensor] = {}
+        for part, flat in enumerate(flats):
+            if part == 0:
+                continue  # the group being stepped: its gradient is in place, unscaled
+            averaged = zero.averaged_gradients.get(part)
+            if averaged is None:
+                if flat.grad is not None:  # offloaded
+                    for index in by_part.get(part, {}).values():
+                        found[index] = fragments[index].local(flat.grad)
+                continue
+            position = 0
+            for piece in averaged:
+                index = by_part.get(part, {}).get(position, -1)
+                if index >= 0:
+                    found[index] = piece.reshape(-1)[: fragments[index].stop - fragments[index].start]
+                position += piece.numel()
+        return found, float(zero.loss_scale)
+
+    return read
+
+
+def _stage(zero: Any) -> int:
+    return 2 if getattr(zero, "partition_gradients", False) else 1
+
+
+def _refuse(zero: Any, model: nn.Module | None, kind: str) -> None:
+    reasons = {
+        "NVMe offload of the optimizer": getattr(zero, "swap_optimizer", False),
+        "zero_hpz_partition_size (ZeRO++)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "MiCS": "MiCS" in kind,
+        "mixture of experts": getattr(zero, "has_moe_layers", False),
+        "pipeline parallelism": any(base.__name__ == "PipelineEngine" for base in type(model).__mro__),
+        "twin-flow offload (offload_optimizer ratio below 1)": getattr(zero, "partial_offload", 1.0) < 1.0
+        and getattr(zero, "offload_optimizer", False),
+    }
+    for name, found in reasons.items():
+        if found:
+            raise TypeError(f"{name} is not supported with DeepSpeed's {kind}: switch it off, or use plain ZeRO 1-3")
