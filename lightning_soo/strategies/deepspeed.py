@@ -10,7 +10,12 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-from lightning_soo.strategies.deepspeed_config import NumberedDevice, check_accelerator, prepare_config
+from lightning_soo.strategies.deepspeed_config import (
+    NumberedDevice,
+    check_accelerator,
+    prepare_config,
+    without_preconditioners,
+)
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin
 
 if TYPE_CHECKING:
@@ -23,8 +28,6 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
     Gradients are clipped by the Trainer's ``gradient_clip_val`` and not otherwise, unless ``config`` says so itself.
     A ``config`` given as a dictionary is copied.
     """
-
-    engine = "zero"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(kwargs.get("config"), dict):
@@ -62,3 +65,7 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
             optimizer, scheduler = super()._init_optimizers()
         self.take_over_optimizers([optimizer])
         return optimizer, scheduler
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        with without_preconditioners(self.second_order_optimizers):
+            super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -26,7 +26,6 @@ class SecondOrderFSDPStrategy(SecondOrderStrategyMixin, FSDPStrategy):
     Unlike Lightning's it clips gradients by norm, gives every rank the weights of rank 0, and runs on CPUs.
     """
 
-    engine = "fsdp"
     _wrapped: FullyShardedDataParallel | None = None
 
     @property

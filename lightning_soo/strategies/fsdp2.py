@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -39,8 +40,6 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
         save_distributed_checkpoint: one file for each rank, or one file in all.
         method, options, optimizer_options: see :class:`SecondOrderStrategyMixin`.
     """
-
-    engine = "fsdp2"
 
     def __init__(
         self,
@@ -104,6 +103,13 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
             super().setup(trainer)
         finally:
             del module.__dict__["configure_model"]
+
+    def model_to_device(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        tensors = chain(module.parameters(), module.buffers())
+        if any(tensor.device.type != self.root_device.type for tensor in tensors):
+            super().model_to_device()  # exchanges DTensors, which an optimizer that refers to them weakly forbids
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate(super().validation_step, *args, **kwargs)

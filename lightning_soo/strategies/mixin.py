@@ -37,7 +37,7 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         TypeError: unknown option, or a setting that AdamW does not have, with the nearest name.
     """
 
-    engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it
+    engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
     # whether the engine saves optimizer.state_dict() as it is, with everything we put into it
     preconditioners_travel_with_optimizer: ClassVar[bool] = False
 
@@ -146,16 +146,26 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         saved = []
         for optimizer in self.second_order_optimizers:
             optimizer.consolidate(to=0)
-            saved.append(optimizer.state_dict()["second_order"] if self.is_global_zero else {})
+            saved.append(optimizer.blocks_state_dict() if self.is_global_zero else {})
         return saved
 
     def restore_preconditioners(self, saved: list[dict[str, Any]] | None) -> None:
         """Give each optimizer what :meth:`collect_preconditioners` gave, after the engine restored the rest.
 
+        A checkpoint without any, from a first-order run, is left to the optimizers, which refuse to go on silently.
+
         Raises:
-            NotImplementedError: sharded optimizers cannot load their preconditioners yet.
+            ValueError: saved for another number of optimizers, other parameters or another method.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot restore preconditioners yet: train without ckpt_path")
+        if saved is None:
+            return
+        if len(saved) != len(self.second_order_optimizers):
+            raise ValueError(
+                f"the checkpoint has the preconditioners of {len(saved)} optimizers, here are "
+                f"{len(self.second_order_optimizers)}: resume with the configure_optimizers that it was saved with"
+            )
+        for optimizer, blocks in zip(self.second_order_optimizers, saved, strict=True):
+            optimizer.load_blocks(blocks)
 
 
 def data_workers(trainer: pl.Trainer) -> int:

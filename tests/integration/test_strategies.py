@@ -14,7 +14,9 @@ from torch.utils.data import DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker_strategies
-from worker_strategies import ADAMW, COMBINATIONS, EPOCHS, GLOBAL_BATCH, ROWS, Model
+from worker_strategies import ADAMW, COMBINATIONS, EPOCHS, GLOBAL_BATCH, ROWS, SHAMPOO, Model
+
+from lightning_soo.optim.takeover import take_over
 
 WORLDS = {"ddp": 2, "fsdp": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
 
@@ -30,11 +32,15 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, [torch.load(out / f"results{rank}.pt", weights_only=True) for rank in ranks]
 
 
-def plain_loop(precision: str, clip: float | None, accumulate: int, shuffle: bool = True) -> dict[str, torch.Tensor]:
+def plain_loop(
+    precision: str, clip: float | None, accumulate: int, *, shuffle: bool = True, shampoo: bool = False
+) -> dict[str, torch.Tensor]:
     data = worker_strategies.make_data()
     x, y = data.tensors
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    if shampoo:
+        take_over(optimizer, "shampoo", SHAMPOO, model)
     for epoch in range(EPOCHS):
         sampler = DistributedSampler(data, 1, 0, shuffle=shuffle)  # the Trainer's, on one rank
         sampler.set_epoch(epoch)
@@ -61,6 +67,12 @@ def test_strategies_equal_a_plain_loop(
         found = results[f"{precision} {clip} {accumulate}"]
         tolerance = 2e-5 if precision == "32-true" else 0.05
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance, check_dtype=False)
+
+
+def test_shampoo_equals_a_plain_loop(world: tuple[str, list[Any]]) -> None:
+    expected = plain_loop("32-true", 0.1, 1, shampoo=True)
+    for results in world[1]:
+        torch.testing.assert_close(results["shampoo"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:

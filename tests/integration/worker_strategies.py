@@ -197,21 +197,18 @@ def main(engine: str, out: Path) -> None:
         if engine.startswith("zero"):  # whose own default is 1.0
             assert trainer.strategy.deepspeed_engine.gradient_clipping() == (clip or 0.0)
         results[f"{precision} {clip} {accumulate}"] = weights(trainer, model)
+    shampoo = {"method": "shampoo", "options": SHAMPOO}
+    results["shampoo"] = weights(*fit(out, make_strategy(engine, **shampoo), gradient_clip_val=0.1))
     bare = Bare(seed=int(os.environ["RANK"]))
     results["bare"] = weights(*fit(out, make_strategy(engine, optimizer_options=ADAMW), bare))
     assert "configure_optimizers" not in bare.__dict__
     results["fabric"] = worker_fabric.main(sys.modules[__name__], engine, out)
     torch.save(results, out / f"results{dist.get_rank()}.pt")
-    kinds = {
-        "fsdp2": [{"save_distributed_checkpoint": True}, {"save_distributed_checkpoint": False}],
-        "hsdp": [{}],
-        "zero1": [{}],
-        "zero2": [{}],
-        "zero3": [{}],
-        "fsdp": [{"state_dict_type": "full"}, {"state_dict_type": "sharded"}],
-        "ddp": [{}, {"method": "shampoo", "options": SHAMPOO}],
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "fsdp": [{"state_dict_type": "sharded"}, {"state_dict_type": "full", **shampoo}],
+        "fsdp2": [{"save_distributed_checkpoint": False}, shampoo],
     }
-    for number, kind in enumerate(kinds[engine]):
+    for number, kind in enumerate(kinds.get(engine, [{}, shampoo])):
         resumed_equals_whole(out, engine, kind, f"saved{number}")
     if engine == "ddp":
         second_order(out)

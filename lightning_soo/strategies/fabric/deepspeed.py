@@ -19,8 +19,6 @@ class FabricSecondOrderDeepSpeedStrategy(NumberedDevice, FabricSecondOrderMixin,
     A ``config`` given as a dictionary is copied.
     """
 
-    engine = "zero"
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(kwargs.get("config"), dict):
             kwargs["config"] = deepcopy(kwargs["config"])

@@ -38,8 +38,6 @@ class FabricSecondOrderFSDPStrategy(FabricSecondOrderMixin, FSDPStrategy):
     Unlike Fabric's it gives every rank the weights of rank 0, and runs on CPUs.
     """
 
-    engine = "fsdp"
-
     @property
     def precision(self) -> FSDPPrecision:
         return super().precision

@@ -27,8 +27,6 @@ class FabricSecondOrderFSDP2Strategy(FabricSecondOrderMixin, ModelParallelStrate
         kwargs: ``method`` and ``options``; those of ``ModelParallelStrategy`` but its sizes.
     """
 
-    engine = "fsdp2"
-
     def __init__(
         self,
         shard_modules: Sequence[type[nn.Module] | str] | None = None,

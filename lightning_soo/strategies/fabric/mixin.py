@@ -25,7 +25,7 @@ class FabricSecondOrderMixin(ParallelStrategy):
         ValueError: unknown method or option, with the nearest name.
     """
 
-    engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it
+    engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
 
     def __init__(
         self,
