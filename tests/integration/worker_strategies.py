@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_soo.callbacks import SecondOrder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo.strategies import (
@@ -25,6 +25,7 @@ from lightning_soo.strategies import (
     SecondOrderFSDP2Strategy,
     SecondOrderFSDPStrategy,
 )
+from lightning_soo.strategies.sharding import start_alike
 
 ROWS, GLOBAL_BATCH, EPOCHS = 48, 8, 2
 ADAMW: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-5}
@@ -83,6 +84,29 @@ class Bare(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val", self.loss(batch), sync_dist=True)
+
+
+class Manual(Bare):
+    """Manual optimization, and sharding in ``configure_model`` as Lightning documents it, where asked for."""
+
+    def __init__(self, seed: int, sharded: bool) -> None:
+        super().__init__(seed)
+        self.automatic_optimization, self.sharded = False, sharded
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            start_alike(self, torch.device("cpu"))
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), **ADAMW)
 
 
 class Model(Bare):
@@ -212,6 +236,15 @@ def main(engine: str, out: Path) -> None:
         resumed_equals_whole(out, engine, kind, f"saved{number}")
     if engine == "ddp":
         second_order(out)
+    if engine == "fsdp2":
+        for sharded in (False, True):
+            manual = Manual(int(os.environ["RANK"]), sharded)
+            assert_close(weights(*fit(out, make_strategy(engine), manual, num_sanity_val_steps=0)), results["bare"])
+    if engine == "hsdp":
+        strategy = SecondOrderFSDPStrategy(
+            method=None, auto_wrap_policy={Block}, sharding_strategy="HYBRID_SHARD", device_mesh=(2, 2)
+        )
+        assert_close(weights(*fit(out, strategy)), results["bare"], atol=1e-5)
     dist.barrier()
     dist.destroy_process_group()
 
