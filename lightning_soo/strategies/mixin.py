@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
-
-PRECONDITIONERS = "second_order"
-"""Key of a Lightning checkpoint under which preconditioners are found where the engine cannot carry them itself."""
+from lightning_soo.strategies.preconditioners import PRECONDITIONERS, restore_preconditioners
 
 
 class SecondOrderStrategyMixin(ParallelStrategy):
@@ -138,7 +136,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
         if fitting and self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
             # where each rank reads a file of its own, only rank 0's holds them
-            self.restore_preconditioners(self.broadcast(checkpoint.pop(PRECONDITIONERS, None)))
+            saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
+            restore_preconditioners(self.second_order_optimizers, saved)
         return checkpoint
 
     def collect_preconditioners(self) -> list[dict[str, Any]]:
@@ -148,24 +147,6 @@ class SecondOrderStrategyMixin(ParallelStrategy):
             optimizer.consolidate(to=0)
             saved.append(optimizer.blocks_state_dict() if self.is_global_zero else {})
         return saved
-
-    def restore_preconditioners(self, saved: list[dict[str, Any]] | None) -> None:
-        """Give each optimizer what :meth:`collect_preconditioners` gave, after the engine restored the rest.
-
-        A checkpoint without any, from a first-order run, is left to the optimizers, which refuse to go on silently.
-
-        Raises:
-            ValueError: saved for another number of optimizers, other parameters or another method.
-        """
-        if saved is None:
-            return
-        if len(saved) != len(self.second_order_optimizers):
-            raise ValueError(
-                f"the checkpoint has the preconditioners of {len(saved)} optimizers, here are "
-                f"{len(self.second_order_optimizers)}: resume with the configure_optimizers that it was saved with"
-            )
-        for optimizer, blocks in zip(self.second_order_optimizers, saved, strict=True):
-            optimizer.load_blocks(blocks)
 
 
 def data_workers(trainer: pl.Trainer) -> int:

@@ -81,10 +81,11 @@ def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:
         torch.testing.assert_close(results["bare"], expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fabric_equals_a_plain_loop(world: tuple[str, list[Any]], precision: str) -> None:
-    expected = plain_loop(precision, 0.1, 1, shuffle=False)
+@pytest.mark.parametrize("run", ["32-true", "bf16-mixed", "shampoo"])
+def test_fabric_equals_a_plain_loop(world: tuple[str, list[Any]], run: str) -> None:
+    precision = run if run != "shampoo" else "32-true"
+    expected = plain_loop(precision, 0.1, 1, shuffle=False, shampoo=run == "shampoo")
     for results in world[1]:
-        tolerance = 2e-5 if precision == "32-true" else 0.05
-        found = results["fabric"][precision]
+        tolerance = {"32-true": 2e-5, "bf16-mixed": 0.05, "shampoo": 1e-4}[run]
+        found = results["fabric"][run]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance, check_dtype=False)

@@ -15,6 +15,7 @@ class FabricSecondOrderDDPStrategy(FabricSecondOrderMixin, DDPStrategy):
     """Fabric's ``DDPStrategy`` with second-order training; takes its arguments and those of the mixin."""
 
     engine = "ddp"
+    preconditioners_travel_with_optimizer = True
 
     def get_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         inner = getattr(optimizer, "optimizer", optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, take_over
+from lightning_soo.strategies.preconditioners import PRECONDITIONERS, restore_preconditioners
 
 
 class FabricSecondOrderMixin(ParallelStrategy):
@@ -26,6 +27,8 @@ class FabricSecondOrderMixin(ParallelStrategy):
     """
 
     engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
+    # whether the engine saves optimizer.state_dict() as it is, with everything we put into it
+    preconditioners_travel_with_optimizer: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,6 +75,21 @@ class FabricSecondOrderMixin(ParallelStrategy):
             self.second_order_optimizers.append(optimizer)
             optimizer.attach(wrapped, self.engine)
             rank_zero_info(optimizer.plan_table())
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
+            for optimizer in self.second_order_optimizers:
+                optimizer.consolidate(to=0)
+            optimizers = self.second_order_optimizers if self.is_global_zero else []
+            state = {**state, PRECONDITIONERS: [optimizer.blocks_state_dict() for optimizer in optimizers]}
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        rest = super().load_checkpoint(path, *args, **kwargs)
+        if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
+            # where each rank reads a file of its own, only rank 0's holds them
+            restore_preconditioners(self.second_order_optimizers, self.broadcast(rest.pop(PRECONDITIONERS, None)))
+        return rest
 
     def close_optimizers(self) -> None:
         """Stop background work of the optimizers; Fabric itself never ends a run."""
