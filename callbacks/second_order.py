@@ -46,13 +46,18 @@ class SecondOrder(pl.Callback):
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = second_order_optimizers(trainer)
-        if not found:
+        if not second_order_optimizers(trainer):
             raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the plan: only now the Trainer has asked a data module for its loaders, whose processes take cores.
+
+        A checkpoint is loaded before; the optimizers keep it until they have a plan.
+        """
         if isinstance(trainer.strategy, SecondOrderStrategyMixin):
             return  # it has attached them to the model as it is sharded
         group = getattr(trainer.strategy.model, "process_group", None)
-        for optimizer in found:
+        for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
             optimizer.attach(pl_module, "ddp" if trainer.world_size > 1 else "single", group)
             rank_zero_info(optimizer.plan_table())

@@ -18,7 +18,7 @@ def torchrun(program: str | Path, ranks: int, *arguments: object, timeout: float
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]

@@ -135,6 +135,7 @@ class SecondOrderOptimizer(StatefulOptimizer):
         assert self._refresher is not None and self._assembly is not None
         if not self._refresher.schedule.observes(self.steps):
             return
+        self._refresher.background.fence()
         interval = self.steps - self._refresher.schedule.observed_before(self.steps)
         for member in members:
             # betas[1] is the decay of one step, whatever the interval
@@ -148,8 +149,11 @@ class SecondOrderOptimizer(StatefulOptimizer):
                 block.observe(
                     member.view(gradient, block.block.ranges), decay=decay, weight=weight, magnitude=member.magnitude
                 )
-        arriving = self._assembly.arrive(part, lambda member: member.magnitude > 0, lambda member: member.gradient)
-        for bucket, units in arriving:
+
+        def source(member: Member) -> Tensor | None:
+            return member.gradient if member.magnitude > 0 else None
+
+        for bucket, units in self._assembly.arrive(part, lambda member: member.magnitude > 0, source):
             for traveller in bucket.travellers:
                 member = self._members[traveller.parameter]
                 if traveller.key not in units or not member.magnitude > 0:

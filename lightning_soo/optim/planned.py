@@ -6,6 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, Unit, build_plan
 from lightning_soo.placement.table import plan_table
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
+from lightning_soo.refresh.background import Background
+from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
 from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree
@@ -47,7 +50,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._reset_runtime()
         super().__init__(list(model.named_parameters()) if model is not None else params, defaults)
         self._all_groups = self.param_groups
-        self._constructed = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
         if model is not None:
             self.remember(model)
 
@@ -240,17 +242,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 trainer_cores=torch.get_num_threads()
                 if any(block.device.type == "cpu" for block in blocks.values())
                 else 1,
-                data_workers=self.data_workers,
+                data_workers=0,
             )
             mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
-            executor, self._executor_reason = make_executor(
-                options.workers,
-                machine,
-                refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
-                refresh_delay=options.refresh_delay,
-            )
+
+            def make() -> Executor:
+                executor, self._executor_reason = make_executor(
+                    options.workers,
+                    replace(machine, data_workers=self.data_workers),
+                    refresh_milliseconds=sum(map(refresh_milliseconds, mine)),
+                    refresh_delay=options.refresh_delay,
+                )
+                return executor
+
+            background = Background(make)
         else:
-            executor = self._refresher.executor
+            background = self._refresher.background
         schedule = RefreshSchedule(
             interval=options.precondition_frequency,
             delay=options.refresh_delay,
@@ -265,7 +272,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             plan=plan,
             blocks=blocks,
             schedule=schedule,
-            executor=executor,
+            background=background,
             transport=transport,
             max_failures=options.workers.max_failures,
         )
@@ -290,6 +297,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if engine == "dense":
             engine = "ddp" if plan.ranks > 1 else "single"
         table = plan_table(plan, engine=engine, method=self.method, graft=self.options.grafting or "sgd")
+        if self._refresher is not None and plan is self._plan:
+            _ = self._refresher.executor  # so that the reason is known
         return f"{table}\nroots: {self._executor_reason or self.options.workers.kind}"
 
     def state_bytes(self) -> int:
@@ -319,3 +328,4 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         validate_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
+        self._constructed += [weakref.ref(parameter) for parameter in self.param_groups[-1]["params"]]

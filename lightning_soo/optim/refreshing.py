@@ -13,6 +13,7 @@ from lightning_soo.optim.gathering import Gathering, InFlight, exchange_statisti
 from lightning_soo.optim.outcomes import Outcome
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
+from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.jobs import Job
 from lightning_soo.refresh.schedule import RefreshSchedule
@@ -28,7 +29,7 @@ class RefreshError(RuntimeError):
 
 
 class Refresher:
-    """Owns the executor and what is in flight; the blocks belong to the optimizer."""
+    """Owns the background work and what is in flight; the blocks belong to the optimizer."""
 
     def __init__(
         self,
@@ -36,14 +37,14 @@ class Refresher:
         plan: Plan,
         blocks: Mapping[str, KroneckerBlock],
         schedule: RefreshSchedule,
-        executor: Executor,
+        background: Background,
         transport: Transport,
         max_failures: int,
     ) -> None:
         self.blocks = blocks
         self.places = {unit.key: unit.place for unit in sorted(plan.units, key=lambda unit: unit.key)}
         self.schedule = schedule
-        self.executor = executor
+        self.background = background
         self._transport = transport
         self.rank, self.ranks = transport.rank, transport.size
         self._max_failures = max_failures
@@ -51,6 +52,11 @@ class Refresher:
         self._gathering: Gathering | None = None
         self._late, self._said = 0, False
         self.waited = 0.0  # seconds the training thread has waited for results that were to be ready
+
+    @property
+    def executor(self) -> Executor:
+        """The workers, made when they are first needed."""
+        return self.background.executor
 
     def advance(
         self,
@@ -66,7 +72,7 @@ class Refresher:
         Raises:
             RefreshError: on every rank, after too many failures of one block.
         """
-        self.executor.poll()
+        self.background.poll()
         self._start(step, make_job, keys)
         self._finish_gather()
         in_part = [entry for entry in self.in_flight if keys is None or entry.key in keys]
@@ -110,13 +116,13 @@ class Refresher:
                 block = self.blocks[key]
                 statistics = sent.get(key) or block.statistics
                 assert statistics is not None
-                self.executor.submit((key, step), make_job(block, statistics))
+                self.background.submit((key, step), make_job(block, statistics), statistics.matrices)
 
     def close(self) -> None:
         """Finish what is under way, here and between ranks, and stop the workers."""
         self._finish_gather()
         self.drain()
-        self.executor.close()
+        self.background.close()
 
     def drain(self) -> None:
         """Wait for this rank's own refreshes in flight and keep their outcomes; nothing is swapped in or received."""
@@ -126,7 +132,7 @@ class Refresher:
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Forget what is in flight and take a checkpoint's instead; every rank has every outcome there."""
         self._finish_gather()
-        self.executor.close()
+        self.background.close()
         self.in_flight = [
             InFlight(
                 key=row["key"],
@@ -147,10 +153,10 @@ class Refresher:
         """Take this rank's own result from the executor, waiting for it if need be."""
         if entry.known is None and self.places[entry.key].refresher == self._transport.rank:
             begin = time.monotonic()
-            result = self.executor.result((entry.key, entry.started))
+            result = self.background.result((entry.key, entry.started))
             if entry.swap > entry.started:
                 self._watch(time.monotonic() - begin, result.seconds)
-            restarts = float(self.executor.restarts)
+            restarts = float(self.background.restarts)
             entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)
 
     def _watch(self, waited: float, seconds: float) -> None:
@@ -215,7 +221,7 @@ class Refresher:
         block.failures, block.ready = 0, True
         if self._transport.rank in self.places[entry.key].homes:
             assert outcome.roots is not None
-            block.roots = [root.to(block.device) for root in outcome.roots]
+            block.roots = self.background.copies.to_device(outcome.roots, block.device).use()
         block.diagnostics = {
             "condition_number": outcome.condition_number,
             "residual": outcome.residual,

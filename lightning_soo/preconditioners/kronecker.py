@@ -59,14 +59,14 @@ class KroneckerStatistics:
             matrix.addmm_(unfolded, unfolded.T, beta=decay, alpha=weight)
 
     def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
-        """What a worker needs to compute this block's roots; the arrays are the statistics themselves on a CPU.
+        """What a worker needs to compute this block's roots, but for its arrays: :attr:`matrices`, brought to the host.
 
         Args:
             correction: ``c2``, by which the statistics are divided.
         """
         return Job(
             function="lightning_soo.linalg.inverse_roots:inverse_roots",
-            arrays=tuple(matrix.detach().cpu().numpy() for matrix in self.matrices),
+            arrays=(),
             options={
                 "divisor": correction * self.scale**2,
                 "exponent": exponent,

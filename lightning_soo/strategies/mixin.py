@@ -93,11 +93,16 @@ class SecondOrderStrategyMixin(ParallelStrategy):
 
     def attach_optimizers(self) -> None:
         """Build the plans for the model as the engine has wrapped it: after ``setup``, before training and loading."""
+        for optimizer in self.second_order_optimizers:
+            optimizer.attach(self.model, self.engine)
+
+    def on_train_start(self) -> None:
+        """Only now the Trainer has asked for its loaders, whose processes take cores that workers do not get."""
         assert self.lightning_module is not None
         for optimizer in self.second_order_optimizers:
             optimizer.data_workers = data_workers(self.lightning_module.trainer)
-            optimizer.attach(self.model, self.engine)
             rank_zero_info(optimizer.plan_table())
+        super().on_train_start()
 
     @contextmanager
     def default_optimizer(self) -> Iterator[None]:
@@ -150,6 +155,5 @@ class SecondOrderStrategyMixin(ParallelStrategy):
 
 
 def data_workers(trainer: pl.Trainer) -> int:
-    """Data loading processes of this rank, as far as is known before the first batch: of a loader given to ``fit``."""
-    loaders = getattr(trainer.fit_loop._data_source, "instance", None)
-    return sum(loader.num_workers for loader in tree_iter(loaders) if isinstance(loader, DataLoader))
+    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
+    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))

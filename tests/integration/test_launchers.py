@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,29 +78,65 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 )
+DEEPSPEED = (
+    PLAIN
+    + """
+import sys
+assert sys.argv[1:] == ["--local_rank=" + os.environ["LOCAL_RANK"], "--of", "the user"]
+torch.distributed.init_process_group("gloo")
+assert torch.distributed.get_world_size() == 2
+net = torch.nn.parallel.DistributedDataParallel(net)
+optimizer = Shampoo(net, precondition_frequency=2, workers="process")
+optimizer.attach(net)
+"""
+    + LOOP.format(backward="loss.backward()")
+    + """
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+)
 ACCELERATE_LAUNCH = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
+DEEPSPEED_LAUNCH = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+without_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 @pytest.mark.parametrize(
     ("launcher", "program", "ranks"),
-    [("stdin", ONE, 1), ("accelerate", ACCELERATE, 2), ("lightning", LIGHTNING, 2)],
+    [
+        ("stdin", ONE, 1),
+        ("accelerate", ACCELERATE, 2),
+        ("lightning", LIGHTNING, 2),
+        pytest.param("deepspeed", DEEPSPEED, 2, marks=without_deepspeed),
+    ],
 )
 def test_the_program_runs_once_per_rank(tmp_path: Path, launcher: str, program: str, ranks: int) -> None:
     script = tmp_path / "user.py"
     script.write_text(program)
-    command = {"stdin": ["-"], "accelerate": [*ACCELERATE_LAUNCH, str(script)], "lightning": [str(script)]}[launcher]
+    command = {
+        "stdin": ["-"],
+        "accelerate": [*ACCELERATE_LAUNCH, str(script)],
+        "lightning": [str(script)],
+        "deepspeed": [*DEEPSPEED_LAUNCH, "--master_port", str(free_port()), str(script), "--of", "the user"],
+    }[launcher]
     run = subprocess.run(
         [sys.executable, *command],
         input=program if launcher == "stdin" else None,
         capture_output=True,
         text=True,
         timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = sorted(line for line in run.stdout.splitlines() if line.startswith(("running", "done")))
     assert lines == sorted(f"{word} {rank}" for word in ("running", "done") for rank in range(ranks))
+
+
+def free_port() -> int:
+    """The deepspeed launcher takes no port 0, and its default may be in use."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

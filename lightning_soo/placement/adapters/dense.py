@@ -60,8 +60,7 @@ def _refuse_foreign(parameter: Tensor, name: str, constructed: Sequence[Any]) ->
         )
     if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
         raise TypeError(f"parameter {name!r} is sharded by FSDP: {attach}")
-    known = [other for other in (reference() for reference in constructed) if other is not None]
-    replaced = bool(known) and not any(other is parameter for other in known)
+    replaced = bool(constructed) and not any(reference() is parameter for reference in constructed)
     if replaced and parameter.ndim == 1 and not isinstance(parameter, nn.Parameter):
         raise TypeError(
             f"{name!r} is a flat tensor of {parameter.numel()} elements that an engine has put in the place of this "

@@ -55,22 +55,22 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
     at_once = hasattr(zero, "fp32_groups_flat_partition")
     names = {**model_names(model), **{id(p): canonical_name(name) for p, name in zero.param_names.items()}}
     classes = module_classes(model if model is not None else getattr(zero, "module", None))
-    fragments, specs = [], []
+    fragments, specs, parts = [], [], []
     for part, parameter, shape, start, stop, offset in rows:
         name = names[id(parameter)]
         fragments.append(Fragment(name=name, shape=shape, start=start, stop=stop, tensor=flats[part], offset=offset))
+        parts.append(part)
         specs.append(
             ParameterSpec(
                 name=name,
                 shape=shape,
                 dtype=flats[part].dtype,
-                part=part,
+                part=0 if at_once else part,
                 module_classes=classes.get(id(parameter), ()),
             )
         )
     group = zero.dp_process_group
     ranks = tuple(dist.get_process_group_ranks(group))
-    parts = [spec.part for spec in specs]
     return Layout(
         engine="zero-3" if hasattr(zero, "fp32_partitioned_groups_flat") else f"zero-{_stage(zero)}",
         fragments=tuple(fragments),

@@ -1,0 +1,32 @@
+"""Every sharding engine at several world sizes takes the trajectory of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import torchrun
+
+WORKER = Path(__file__).parent / "worker_engines.py"
+TORCH = ["ddp", "fsdp1", "fsdp1-flat", "fsdp2"]
+ZERO = ["zero-1", "zero-2", "zero-3"]
+MORE = [
+    *("fsdp1-shard-grad-op", "fsdp1-no-shard", "fsdp1-ignored", "fsdp1-checkpointing"),
+    *("fsdp2-offload", "fsdp2-checkpointing"),
+]
+MORE_ZERO = [
+    *("zero-2-offload", "zero-3-offload", "zero-3-sub-groups"),
+    *("zero-1-bf16", "zero-2-bf16", "zero-3-bf16"),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_torch_engines_equal_one_process(ranks: int) -> None:
+    names = TORCH + (MORE if ranks == 2 else []) + (["hsdp", "fsdp1-hybrid"] if ranks == 4 else [])
+    torchrun(WORKER, ranks, *names)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_zero_equals_one_process(ranks: int) -> None:
+    pytest.importorskip("deepspeed")
+    torchrun(WORKER, ranks, *ZERO, *(MORE_ZERO if ranks == 2 else []))

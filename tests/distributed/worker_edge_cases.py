@@ -1,0 +1,237 @@
+"""One rank of three: what goes wrong on one rank alone is told to all, and nobody hangs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engines import Engine, Fsdp1Flat, Fsdp2, deviation, make_optimizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from lightning_soo import AgreementError
+from lightning_soo.optim import planned
+from lightning_soo.placement.plan import Plan
+
+
+def raised(action: Callable[[], object]) -> Exception:
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4, bias=False))
+
+
+def an_adapter_fails_on_one_rank(rank: int) -> None:
+    model = sharded(small())
+    optimizer = make_optimizer(model, {})
+    original = planned.read_layout
+
+    def failing(*arguments: Any) -> Any:
+        if rank == 1:
+            raise TypeError("parameter '0.weight': of a kind that only this rank has")
+        return original(*arguments)
+
+    planned.read_layout = failing
+    error = raised(lambda: optimizer.attach(model))
+    planned.read_layout = original
+    assert isinstance(error, TypeError if rank == 1 else AgreementError), error
+    assert "only this rank has" in str(error) if rank == 1 else "rank [1]" in str(error)
+
+
+def a_plan_differs_on_one_rank(rank: int) -> None:
+    model = sharded(nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6)))
+    optimizer = make_optimizer(model, {})
+    original = planned.build_plan
+
+    def differing(*arguments: Any, **options: Any) -> Plan:
+        plan = original(*arguments, **options)
+        return replace(plan, parameters=plan.parameters[::-1]) if rank == 2 else plan
+
+    planned.build_plan = differing
+    error = raised(lambda: optimizer.attach(model))
+    planned.build_plan = original
+    assert isinstance(error, AgreementError) and "the plan of rank [2]" in str(error), error
+
+
+def a_piece_is_missing(rank: int) -> None:
+    """An adapter that loses elements is found out before anything is sent."""
+    model = sharded(small())
+    optimizer = make_optimizer(model, {})
+    original = planned.read_layout
+
+    def losing(*arguments: Any) -> Any:
+        layout = original(*arguments)
+        if rank != 1:
+            return layout
+        first = layout.fragments[0]
+        return replace(layout, fragments=(replace(first, stop=first.start), *layout.fragments[1:]))
+
+    planned.read_layout = losing
+    error = raised(lambda: optimizer.attach(model))
+    planned.read_layout = original
+    assert isinstance(error, ValueError) and "'0.weight'" in str(error), error
+
+
+def a_gradient_is_missing_on_one_rank(rank: int) -> None:
+    """Rows without a gradient on one rank are rows of zeros: as in one process with those rows set to zero."""
+    name = "second.0.weight"
+    engine = Fsdp2({})
+    parameter = dict(engine.module.named_parameters())[name]
+    rows = parameter.to_local().shape[0]  # type: ignore[attr-defined]
+    assert rank > 0 or rows == 3
+    alone = Engine({})
+    whole = dict(alone.module.named_parameters())[name]
+
+    def lose(step: int) -> None:
+        if step % 3 == 1 and rank == 0:
+            parameter.grad = None
+
+    def zero(step: int) -> None:
+        if step % 3 == 1:
+            whole.grad[:3] = 0.0  # type: ignore[index]
+
+    engine.train(0, 12, rank, dist.get_world_size(), before_step=lose)
+    alone.train(0, 12, 0, 1, before_step=zero)
+    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
+
+
+def a_gradient_is_not_finite_on_one_rank(rank: int) -> None:
+    """The step is skipped by all: as in a run without that batch."""
+    engine, alone = Fsdp1Flat({}), Engine({})
+
+    def spoil(step: int) -> None:
+        if step == 5 and rank == 2:
+            next(p for p in engine.model.parameters() if p.grad is not None and p.numel()).grad[0] = float("nan")  # type: ignore[index]
+
+    engine.train(0, 12, rank, dist.get_world_size(), before_step=spoil)
+    alone.train(0, 5, 0, 1)
+    alone.train(6, 12, 0, 1)
+    assert engine.optimizer.skipped_steps == 1
+    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
+
+
+def more_ranks_than_units(rank: int) -> None:
+    """One block on three ranks, one of which holds no row of it."""
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
+    model = sharded(nn.Sequential(nn.Linear(4, 2, bias=False)).double())
+    with torch.no_grad():
+        model[0].weight.copy_(distribute_tensor(alone[0].weight, model[0].weight.device_mesh, [Shard(0)]))  # type: ignore[index, union-attr]
+    assert rank < 2 or model[0].weight.to_local().numel() == 0  # type: ignore[index, union-attr]
+    optimizers = [make_optimizer(model, {}), make_optimizer(alone, {})]
+    optimizers[1].attach(engine="single")
+    for step in range(12):
+        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for each in (model, alone):
+            each(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    plan = optimizers[0]._plan
+    assert plan is not None and len(plan.units) == 1 and plan.units[0].place.travels
+    assert (model[0].weight.full_tensor() - alone[0].weight).abs().max() <= 1e-9  # type: ignore[index, union-attr]
+
+
+def rank_deficient_statistics(rank: int) -> None:
+    """Six examples for blocks of order 24: as far from one process as that is from itself in another order of sums."""
+
+    def run(model: nn.Module, order: list[int], engine: str | None) -> torch.Tensor:
+        optimizer = make_optimizer(model, {"max_preconditioner_dim": 24, "preconditioner_eps": 1e-6})
+        optimizer.attach(model, engine)
+        for step in range(16):
+            x = torch.randn(6, 24, generator=torch.Generator().manual_seed(step))[order]
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weight = model[0].weight  # type: ignore[index]
+        return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()  # type: ignore[operator, union-attr, return-value]
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+
+    everything = list(range(6))
+    alone = run(fresh(), everything, "single")
+    orders = [everything[::-1], everything[3:] + everything[:3], everything[::2] + everything[1::2]]
+    floor = max(float((run(fresh(), order, "single") - alone).abs().max()) for order in orders)
+    own = everything[2 * rank : 2 * rank + 2]
+    error = float((run(sharded(fresh()), own, None) - alone).abs().max())
+    assert 0 < floor < 0.1 and error <= 3 * floor, (error, floor)
+
+
+def well_blocked_is_without_traffic(rank: int) -> None:
+    """Rows divide evenly and blocks end where shards end: two small reductions per step, nothing else."""
+    model = sharded(nn.Sequential(nn.Linear(8, 24, bias=False), nn.Tanh(), nn.Linear(24, 24, bias=False)).double())
+    optimizer = make_optimizer(model, {"precondition_frequency": 5, "refresh_delay": 1, "stagger": False})
+    calls = []
+    for step in range(12):
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+        before = dict(optimizer._transport.calls)
+        optimizer.step()
+        calls.append({name: count - before.get(name, 0) for name, count in optimizer._transport.calls.items()})
+        optimizer.zero_grad()
+    plan = optimizer._plan
+    assert plan is not None and plan.exchange_bytes == 0 and not any(unit.place.travels for unit in plan.units)
+    assert {name: count for name, count in calls[7].items() if count} == {"all_reduce": 2}, calls
+
+
+def what_is_not_supported_is_named(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.randn(6, 6), mesh, [Shard(1)]))
+    error = raised(lambda: make_optimizer([("attention.weight", weight)], {}).attach())
+    assert isinstance(error, TypeError) and "'attention.weight'" in str(error) and "Shard(dim=1)" in str(error), error
+    replicated = nn.Parameter(distribute_tensor(torch.randn(6, 6), mesh, [Replicate()]))
+    plan = make_optimizer([("attention.weight", replicated)], {}).attach()
+    assert plan.is_replicated
+    flat = make_optimizer(small(), {})
+    flat.param_groups[0]["params"] = [torch.zeros(16)]
+    error = raised(flat.attach)
+    assert isinstance(error, TypeError) and "flat tensor of 16 elements" in str(error), error
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    for case in (
+        an_adapter_fails_on_one_rank,
+        a_plan_differs_on_one_rank,
+        a_piece_is_missing,
+        a_gradient_is_missing_on_one_rank,
+        a_gradient_is_not_finite_on_one_rank,
+        more_ranks_than_units,
+        rank_deficient_statistics,
+        well_blocked_is_without_traffic,
+        what_is_not_supported_is_named,
+    ):
+        case(rank)
+        dist.barrier()
+        if rank == 0:
+            print(case.__name__, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,95 @@
+"""One rank of the engine suite: every engine named on the command line against one process on the same batches."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from engines import Engine, deviation, every_engine, reference
+
+# accumulation, clipping, refresh delay
+CASES = ((1, None, 2), (2, None, 0), (1, 0.05, 0), (2, 0.05, 2))
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
+BFLOAT16_BOUND = 0.15  # of one rank's rounding against another's, in a run that moves by a third
+
+
+@functools.cache
+def expected(kind: type[Engine], clip: float | None, delay: int) -> dict[str, torch.Tensor]:
+    return reference(kind, {"refresh_delay": delay}, clip)
+
+
+def compare(kind: type[Engine], rank: int, ranks: int) -> None:
+    for accumulation, clip, delay in CASES:
+        case = f"{kind.name}, {ranks} ranks, accumulation {accumulation}, clip {clip}, delay {delay}"
+        engine = kind({"refresh_delay": delay}, accumulation=accumulation, clip=clip)
+        calls: list[dict[str, int]] = []
+
+        def count(step: int, engine: Engine = engine, calls: list[dict[str, int]] = calls) -> None:
+            calls.append(counted(engine))
+
+        engine.train(0, 20, rank, ranks, before_step=count)
+        count(20)
+        # what one process does, in the same precision and parameter groups
+        error = deviation(engine.parameters(), expected(kind, clip, delay))
+        bound = BFLOAT16_BOUND if "bf16" in kind.name else BOUNDS[kind.precision(clip)]
+        assert error <= bound, f"{case}: deviates by {error:.2g} of the movement"
+        check_memory(engine, rank, case)
+        check_collectives(engine, calls, case)
+        engine.optimizer.close()
+        if rank == 0:
+            print(f"{case}: {error:.1e}", flush=True)
+
+
+def counted(engine: Engine) -> dict[str, int]:
+    """Collectives so far, of all ranks and of one copy of the model."""
+    optimizer = engine.optimizer
+    assert optimizer._assembly is not None
+    transports = {id(t): t for t in (optimizer._transport, optimizer._assembly._transport)}.values()
+    return {kind: sum(transport.calls[kind] for transport in transports) for kind in ("all_reduce", "all_to_all")}
+
+
+def check_memory(engine: Engine, rank: int, case: str) -> None:
+    """Bytes held are bytes planned, but for roots of the parameter that never had a gradient."""
+    plan = engine.optimizer._plan
+    assert plan is not None
+    never = sum(u.root_bytes for u in plan.units if u.block.parameter.startswith("unused") and rank in u.homes)
+    assert engine.optimizer.state_bytes() + never == plan.state_bytes[rank], case
+    held = [0] * plan.ranks
+    dist.all_gather_object(held, engine.optimizer.state_bytes() + never)
+    assert max(held) <= plan.state_balance * sum(held) / plan.ranks * (1 + 1e-9), case
+
+
+def check_collectives(engine: Engine, calls: list[dict[str, int]], case: str) -> None:
+    """In steps in which no root is started, sent or swapped: what the plan says, and no more."""
+    plan, refresher = engine.optimizer._plan, engine.optimizer._refresher
+    assert plan is not None and refresher is not None
+    delay = engine.optimizer.options.refresh_delay or 0
+    for step in range(11, 20):
+        quiet = not any(
+            refresher.schedule.refreshes(key, step - past) for key in refresher.places for past in {0, delay, delay - 1}
+        )
+        if quiet:
+            made = {kind: calls[step][kind] - calls[step - 1][kind] for kind in calls[0]}
+            assert made == plan.collectives_per_step(observes=True), (case, step, made)
+
+
+def main(names: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    engines = every_engine()
+    for name in names:
+        compare(engines[name], rank, ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1:])
