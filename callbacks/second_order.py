@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils._pytree import tree_iter
-from torch.utils.data import DataLoader
 
-from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.takeover import METHODS, take_over
+from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
+from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers
 
 
 class SecondOrder(pl.Callback):
@@ -29,11 +25,9 @@ class SecondOrder(pl.Callback):
     """
 
     def __init__(self, method: str = "shampoo", **options: Any) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+        check_method(method, options)
         self.method = method
         self.options = options
-        METHODS[method]([torch.nn.Parameter(torch.zeros(2, 2))], **options)  # refuses a bad option here and now
         self._wrapped: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -60,6 +54,8 @@ class SecondOrder(pl.Callback):
 
         A checkpoint is loaded before; the optimizers keep it until they have a plan.
         """
+        if isinstance(trainer.strategy, SecondOrderStrategyMixin):
+            return  # it has attached them to the model as it is sharded
         group = getattr(trainer.strategy.model, "process_group", None)
         for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
@@ -71,7 +67,7 @@ class SecondOrder(pl.Callback):
     ) -> None:
         """Gather what other ranks hold; Lightning calls this on every rank, after it asked for optimizer states."""
         states = checkpoint.get("optimizer_states")
-        if states is None or trainer.world_size == 1:
+        if states is None or trainer.world_size == 1 or isinstance(trainer.strategy, SecondOrderStrategyMixin):
             return
         for index, optimizer in enumerate(trainer.optimizers):
             if isinstance(optimizer, SecondOrderOptimizer):
@@ -97,21 +93,7 @@ class SecondOrder(pl.Callback):
 
 
 def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
-    """The trainer's optimizers that are ours."""
+    """The trainer's optimizers that are ours, or those inside an engine's own optimizer."""
+    if isinstance(trainer.strategy, SecondOrderStrategyMixin):
+        return trainer.strategy.second_order_optimizers
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SecondOrderOptimizer)]
-
-
-def data_workers(trainer: pl.Trainer) -> int:
-    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
-    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))
-
-
-def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
-    """Every optimizer in any of the forms that ``configure_optimizers`` may return."""
-    if isinstance(configured, torch.optim.Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from find_optimizers(configured.get("optimizer"))
-    elif isinstance(configured, list | tuple):
-        for item in configured:
-            yield from find_optimizers(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -88,6 +89,33 @@ def take_over(
     if model is not None:
         optimizer.remember(model)
     return optimizer
+
+
+def check_method(method: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse a bad method or option here and now; None is no method, and has no options.
+
+    Raises:
+        ValueError: unknown method, or an option's value, or options without a method.
+        TypeError: unknown option, with the nearest name.
+    """
+    if method is None:
+        if options:
+            raise ValueError(f"method=None takes nothing over and has no options, got {', '.join(options)}")
+        return
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+    METHODS[method]([nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:
+    """Every optimizer in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(configured, torch.optim.Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from find_optimizers(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for item in configured:
+            yield from find_optimizers(item)
 
 
 def _count_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,79 @@
+"""What DeepSpeed must be told before it accepts an optimizer of ours, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_soo.optim.base import SecondOrderOptimizer
+
+
+class NumberedDevice:
+    """Part of a strategy: where DeepSpeed is initialised the device has an index, which a CPU otherwise has not."""
+
+    _numbered = False
+
+    @property
+    def root_device(self) -> torch.device:
+        device: torch.device = super().root_device  # type: ignore[misc]
+        return torch.device("cpu", 0) if self._numbered and device.type == "cpu" else device
+
+    @contextmanager
+    def numbered_device(self) -> Iterator[None]:
+        """Lightning passes ``root_device.index`` on, and DeepSpeed compares it with 0."""
+        self._numbered = True
+        try:
+            yield
+        finally:
+            self._numbered = False
+
+
+@contextmanager
+def without_preconditioners(optimizers: Iterable[SecondOrderOptimizer]) -> Iterator[None]:
+    """Within it their ``state_dict()`` is torch's part alone: DeepSpeed writes one file for each rank, and each would
+    hold an incomplete part of the rest, which is saved on its own."""
+    changed = list(optimizers)
+    for optimizer in changed:
+
+        def state_dict(original: Callable[[], dict[str, Any]] = optimizer.state_dict) -> dict[str, Any]:
+            return {name: value for name, value in original().items() if name != "second_order"}
+
+        vars(optimizer)["state_dict"] = state_dict
+    try:
+        yield
+    finally:
+        for optimizer in changed:
+            del vars(optimizer)["state_dict"]
+
+
+def prepare_config(config: dict[str, Any]) -> None:
+    """Let ``config`` accept an optimizer that is not DeepSpeed's own, offloaded or not; what it says itself stays.
+
+    Raises:
+        ValueError: the configuration builds its own optimizer.
+    """
+    if "optimizer" in config:
+        raise ValueError(
+            "the DeepSpeed configuration has an 'optimizer', which cannot be taken over: remove it, and return an "
+            "AdamW from configure_optimizers or give the strategy optimizer_options"
+        )
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def check_accelerator(device: torch.device) -> None:
+    """
+    Raises:
+        RuntimeError: DeepSpeed has chosen another kind of device, which cannot be changed any more.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    chosen = get_accelerator().device_name()
+    if chosen != device.type:
+        raise RuntimeError(
+            f"DeepSpeed runs on {chosen!r} while training is to run on {device.type!r}: set the environment variable "
+            f"DS_ACCELERATOR={device.type} before deepspeed is imported"
+        )

@@ -1,0 +1,159 @@
+"""What every second-order Lightning strategy does, whatever the engine below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_iter
+from torch.utils.data import DataLoader
+
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
+from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
+from lightning_soo.strategies.preconditioners import PRECONDITIONERS, restore_preconditioners
+
+
+class SecondOrderStrategyMixin(ParallelStrategy):
+    """Takes over the optimizers of the module, attaches them to the wrapped model and closes them.
+
+    Args:
+        method: ``"shampoo"``; None takes nothing over (optimizers that are second-order already are attached).
+        options: options of the method, see :class:`lightning_soo.Shampoo`.
+        optimizer_options: settings of the AdamW that is built where ``configure_optimizers`` is absent or returns None.
+
+    Raises:
+        ValueError: unknown method, with the nearest name, or a value that is refused.
+        TypeError: unknown option, or a setting that AdamW does not have, with the nearest name.
+    """
+
+    engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
+    # whether the engine saves optimizer.state_dict() as it is, with everything we put into it
+    preconditioners_travel_with_optimizer: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *args: Any,
+        method: str | None = "shampoo",
+        options: Mapping[str, Any] | None = None,
+        optimizer_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_method(method, options or {})
+        check_settings(optimizer_options or {})
+        super().__init__(*args, **kwargs)
+        self.method = method
+        self.options = dict(options or {})
+        self.optimizer_options = dict(optimizer_options or {})
+        self.second_order_optimizers: list[SecondOrderOptimizer] = []
+
+    # the order of a run: connect, (Lightning verifies the module), setup_environment, setup, ..., teardown
+
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        if not is_overridden("configure_optimizers", model):  # would be refused before any other hook of ours
+            model.__dict__["configure_optimizers"] = self._build_optimizer
+
+    def setup_environment(self) -> None:
+        self._forget_placeholder()
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.attach_optimizers()
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        with self.default_optimizer():
+            super().setup_optimizers(trainer)
+        if self.optimizers:  # DeepSpeed has none yet
+            self.take_over_optimizers(self.optimizers)
+            self.optimizers = self.optimizers  # Lightning's wrappers imitate the class, which has changed
+
+    def teardown(self) -> None:
+        self._forget_placeholder()
+        for optimizer in self.second_order_optimizers:
+            optimizer.close()
+        super().teardown()
+
+    def take_over_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Convert them in place; what a callback or the user has converted already stays as it is."""
+        if self.method is not None:
+            for optimizer in find_optimizers(optimizers):
+                take_over(optimizer, self.method, dict(self.options), self.lightning_module)
+        self.second_order_optimizers = [one for one in optimizers if isinstance(one, SecondOrderOptimizer)]
+
+    def attach_optimizers(self) -> None:
+        """Build the plans for the model as the engine has wrapped it: after ``setup``, before training and loading."""
+        for optimizer in self.second_order_optimizers:
+            optimizer.attach(self.model, self.engine)
+
+    def on_train_start(self) -> None:
+        """Only now the Trainer has asked for its loaders, whose processes take cores that workers do not get."""
+        assert self.lightning_module is not None
+        for optimizer in self.second_order_optimizers:
+            optimizer.data_workers = data_workers(self.lightning_module.trainer)
+            rank_zero_info(optimizer.plan_table())
+        super().on_train_start()
+
+    @contextmanager
+    def default_optimizer(self) -> Iterator[None]:
+        """Within it the module has a ``configure_optimizers`` that returns an optimizer."""
+        assert self.lightning_module is not None
+        with configured_by_default(self.lightning_module, self._build_optimizer, self.optimizer_options):
+            yield
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        assert self.model is not None
+        return build_adamw(self.model, self.optimizer_options)
+
+    def _forget_placeholder(self) -> None:
+        module = self.lightning_module
+        if module is not None and module.__dict__.get("configure_optimizers") == self._build_optimizer:
+            del module.__dict__["configure_optimizers"]
+
+    # checkpoints: Lightning calls all of these on every rank
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self.preconditioners_travel_with_optimizer and isinstance(inner, SecondOrderOptimizer):
+            inner.consolidate(to=0)
+        return super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if "optimizer_states" in checkpoint and not self.preconditioners_travel_with_optimizer:
+            saved = self.collect_preconditioners()
+            if saved:
+                checkpoint[PRECONDITIONERS] = saved
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        module = self.lightning_module
+        fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
+            # where each rank reads a file of its own, only rank 0's holds them
+            saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
+            restore_preconditioners(self.second_order_optimizers, saved)
+        return checkpoint
+
+    def collect_preconditioners(self) -> list[dict[str, Any]]:
+        """What the engine does not save: for each optimizer, plain data, whole on rank 0 and empty elsewhere."""
+        saved = []
+        for optimizer in self.second_order_optimizers:
+            optimizer.consolidate(to=0)
+            saved.append(optimizer.blocks_state_dict() if self.is_global_zero else {})
+        return saved
+
+
+def data_workers(trainer: pl.Trainer) -> int:
+    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
+    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))
