@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers
+from lightning_soo.strategies.preconditioners import (
+    PRECONDITIONERS,
+    collect_preconditioners,
+    restore_preconditioners,
+)
 
 
 class SecondOrder(pl.Callback):
@@ -46,20 +52,23 @@ class SecondOrder(pl.Callback):
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not second_order_optimizers(trainer):
+        """Make the plan for the model as it is wrapped now, before a checkpoint is loaded."""
+        found = second_order_optimizers(trainer)
+        if not found:
             raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
+        if isinstance(trainer.strategy, SecondOrderStrategyMixin):
+            return  # it has attached them
+        for optimizer in found:
+            optimizer.attach(trainer.strategy.model, None if trainer.world_size > 1 else "single")
+            if isinstance(trainer.strategy, DDPStrategy):
+                optimizer.remember(pl_module)  # which outlives the wrapper
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the plan: only now the Trainer has asked a data module for its loaders, whose processes take cores.
-
-        A checkpoint is loaded before; the optimizers keep it until they have a plan.
-        """
+        """Only now the Trainer has asked a data module for its loaders, whose processes take cores."""
         if isinstance(trainer.strategy, SecondOrderStrategyMixin):
-            return  # it has attached them to the model as it is sharded
-        group = getattr(trainer.strategy.model, "process_group", None)
+            return
         for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
-            optimizer.attach(pl_module, "ddp" if trainer.world_size > 1 else "single", group)
             rank_zero_info(optimizer.plan_table())
 
     def on_save_checkpoint(
@@ -69,10 +78,23 @@ class SecondOrder(pl.Callback):
         states = checkpoint.get("optimizer_states")
         if states is None or trainer.world_size == 1 or isinstance(trainer.strategy, SecondOrderStrategyMixin):
             return
+        found = second_order_optimizers(trainer)
+        if any(optimizer.is_sharded for optimizer in found):
+            checkpoint[PRECONDITIONERS] = collect_preconditioners(found, trainer.is_global_zero)
+            return
         for index, optimizer in enumerate(trainer.optimizers):
             if isinstance(optimizer, SecondOrderOptimizer):
                 optimizer.consolidate(to=0)
                 states[index] = trainer.strategy.optimizer_state(optimizer)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Engines that shard the state have loaded their part by now; the rest is ours."""
+        found = second_order_optimizers(trainer)
+        if isinstance(trainer.strategy, SecondOrderStrategyMixin) or not any(one.is_sharded for one in found):
+            return
+        restore_preconditioners(found, trainer.strategy.broadcast(checkpoint.get(PRECONDITIONERS)))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the workers: Lightning does not call ``teardown`` after an exception, Ctrl-C or SIGTERM."""
@@ -96,4 +118,5 @@ def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
     """The trainer's optimizers that are ours, or those inside an engine's own optimizer."""
     if isinstance(trainer.strategy, SecondOrderStrategyMixin):
         return trainer.strategy.second_order_optimizers
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SecondOrderOptimizer)]
+    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]  # DeepSpeed wraps it
+    return [optimizer for optimizer in inner if isinstance(optimizer, SecondOrderOptimizer)]

@@ -43,6 +43,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
             self.attach()
         if self._awaits_blocks:
             self._refuse_missing_blocks()
+        self._has_loaded_blocks = False
         part = self._part()
         if part == 0:
             self._begin_step()

@@ -66,7 +66,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._store = BlockStore()
         self._all_groups = []
-        self._awaits_blocks = False
+        self._awaits_blocks = False  # moments were loaded, preconditioners not yet
+        self._has_loaded_blocks = False  # since the last step
         self.steps = 0
         self.skipped_steps = 0
 
@@ -230,9 +231,14 @@ class PlannedOptimizer(torch.optim.Optimizer):
             return ("parts",)  # the engine shows one part at a time, and never changes them
         return tuple((id(p), p.requires_grad) for group in self.param_groups for p in group["params"])
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine holds pieces of parameters, and saves the moments itself. Local."""
+        return (self._layout or self._read_layout()).engine != "dense"
+
     def parameter_names(self) -> list[str]:
         """Canonical name of every parameter in order; ``group0.3`` where no name was ever given."""
-        if self._layout is not None and len(self._layout.specs) != sum(len(g["params"]) for g in self.param_groups):
+        if self._layout is not None and self._signature == self._current_signature():
             return [spec.name for spec in self._layout.specs]
         model = self._model() if self._model is not None else None
         return [name for _, _, name in group_parameters(self._groups(), model)]

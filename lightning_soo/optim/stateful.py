@@ -43,10 +43,10 @@ class StatefulOptimizer(PlannedOptimizer):
             ValueError: another optimizer's state, an incomplete one, other parameters or other blocks.
         """
         saved = state_dict.get("second_order")
-        if saved is None and self._layout is not None and self._layout.engine != "dense":
+        if saved is None and self.is_sharded:
             # engines that shard the state pass torch's part alone; the blocks come by load_blocks
             self._load_torch(state_dict)
-            self._awaits_blocks = self._has_moved()
+            self._awaits_blocks = self._has_moved() and not self._has_loaded_blocks
             return
         if not isinstance(saved, Mapping):
             raise ValueError(
@@ -111,7 +111,7 @@ class StatefulOptimizer(PlannedOptimizer):
             member.group = self.param_groups[member.group_number]
 
     def _load_checked(self, saved: Mapping[str, Any]) -> None:
-        self._awaits_blocks = False
+        self._awaits_blocks, self._has_loaded_blocks = False, True
         self.steps, self.skipped_steps = int(saved["steps"]), int(saved["skipped_steps"])
         self._store.load(saved)
         if self._refresher is not None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
-from lightning_soo.strategies.preconditioners import PRECONDITIONERS, restore_preconditioners
+from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 
 
 class SecondOrderStrategyMixin(ParallelStrategy):
@@ -130,7 +130,7 @@ class SecondOrderStrategyMixin(ParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if "optimizer_states" in checkpoint and not self.preconditioners_travel_with_optimizer:
-            saved = self.collect_preconditioners()
+            saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
             if saved:
                 checkpoint[PRECONDITIONERS] = saved
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -144,14 +144,6 @@ class SecondOrderStrategyMixin(ParallelStrategy):
             saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
             restore_preconditioners(self.second_order_optimizers, saved)
         return checkpoint
-
-    def collect_preconditioners(self) -> list[dict[str, Any]]:
-        """What the engine does not save: for each optimizer, plain data, whole on rank 0 and empty elsewhere."""
-        saved = []
-        for optimizer in self.second_order_optimizers:
-            optimizer.consolidate(to=0)
-            saved.append(optimizer.blocks_state_dict() if self.is_global_zero else {})
-        return saved
 
 
 def data_workers(trainer: pl.Trainer) -> int:

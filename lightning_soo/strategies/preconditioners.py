@@ -11,6 +11,13 @@ PRECONDITIONERS = "second_order"
 """Key of the checkpoint: for each optimizer what ``blocks_state_dict`` gave on rank 0, after ``consolidate``."""
 
 
+def collect_preconditioners(optimizers: Sequence[SecondOrderOptimizer], is_first: bool) -> list[dict[str, Any]]:
+    """For each optimizer plain data, whole on rank 0 and empty elsewhere. Collective."""
+    for optimizer in optimizers:
+        optimizer.consolidate(to=0)
+    return [optimizer.blocks_state_dict() if is_first else {} for optimizer in optimizers]
+
+
 def restore_preconditioners(
     optimizers: Sequence[SecondOrderOptimizer], saved: Sequence[Mapping[str, Any]] | None
 ) -> None:

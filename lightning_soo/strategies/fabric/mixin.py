@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, take_over
-from lightning_soo.strategies.preconditioners import PRECONDITIONERS, restore_preconditioners
+from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 
 
 class FabricSecondOrderMixin(ParallelStrategy):
@@ -78,10 +78,8 @@ class FabricSecondOrderMixin(ParallelStrategy):
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
-            for optimizer in self.second_order_optimizers:
-                optimizer.consolidate(to=0)
-            optimizers = self.second_order_optimizers if self.is_global_zero else []
-            state = {**state, PRECONDITIONERS: [optimizer.blocks_state_dict() for optimizer in optimizers]}
+            saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
+            state = {**state, PRECONDITIONERS: saved}
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
