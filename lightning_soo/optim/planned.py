@@ -36,7 +36,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     options: ShampooOptions
     method = "second-order"
-    _constructed: list[weakref.ref[Tensor]]  # engines replace parameters by their own tensors
+    # ids of the parameters given by the user, which engines replace by their own; a weak reference to a parameter would
+    # forbid torch to exchange its contents (`Module.to` on DTensors)
+    _constructed: set[int]
     _all_groups: list[dict[str, Any]]
     data_workers = 0  # data loading processes of this rank, which front doors know: their cores are not spare
 
@@ -52,7 +54,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _reset_runtime(self) -> None:
         """What a copy or a pickle does not carry: process groups, threads, the plan built from them."""
         self._model: weakref.ref[nn.Module] | None = None
-        self._constructed = []
+        self._constructed = set()
         self._engine: str | None = None
         self._process_group: dist.ProcessGroup | None = None
         self._transport = Transport(enabled=False)
@@ -101,6 +103,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
             self.remember(model)
             if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
                 process_group = model.process_group
+        if process_group is not None and process_group is dist.group.WORLD:
+            process_group = None  # a reference would keep it alive beyond destroy_process_group
         self._engine = engine or self._engine
         self._process_group = process_group or self._process_group
         self._transport = Transport(self._process_group, enabled=self._engine != "single")
@@ -198,9 +202,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if self._refresher is not None:
             self._refresher.hand_over(refresher)
         copy = plan.table.copy_of(transport.rank)
-        in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
-        if len(copy) == transport.size:
-            in_copy = transport
+        in_copy = transport
+        if len(copy) < transport.size:
+            in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
+        layout = replace(layout, shard_group=None)  # held by the transport, or nobody
         self._plan, self._layout, self._members, self._refresher = plan, layout, members, refresher
         self._assembly = Assembly(plan, members, in_copy)
         self._signature = self._current_signature()
@@ -293,4 +298,4 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         validate_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
-        self._constructed += [weakref.ref(parameter) for parameter in self.param_groups[-1]["params"]]
+        self._constructed |= {id(parameter) for parameter in self.param_groups[-1]["params"]}

@@ -24,9 +24,12 @@ class StatefulOptimizer(PlannedOptimizer):
         """As torch's, plus ``"second_order"``: plain tensors and numbers, keyed by names that no rank owns.
 
         Never communicates. On several ranks call :meth:`consolidate` first; without it the result is marked
-        incomplete and is refused by :meth:`load_state_dict`.
+        incomplete and is refused by :meth:`load_state_dict`. Where an engine shards the moments and saves them itself
+        (FSDP, ZeRO) it is torch's alone; the rest is :meth:`blocks_state_dict`.
         """
         state = super().state_dict()
+        if self._layout is not None and self.is_sharded:
+            return state
         if any(name.startswith("group") and name[5:6].isdigit() for name in self.parameter_names()):
             warnings.warn(
                 "saving an optimizer whose parameters have no names: pass named_parameters() or the model, so that "

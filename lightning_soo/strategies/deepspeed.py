@@ -14,7 +14,6 @@ from lightning_soo.strategies.deepspeed_config import (
     NumberedDevice,
     check_accelerator,
     prepare_config,
-    without_preconditioners,
 )
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin
 
@@ -65,7 +64,3 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
             optimizer, scheduler = super()._init_optimizers()
         self.take_over_optimizers([optimizer])
         return optimizer, scheduler
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        with without_preconditioners(self.second_order_optimizers):
-            super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-from lightning_soo.optim.base import SecondOrderOptimizer
 
 
 class NumberedDevice:
@@ -29,24 +27,6 @@ class NumberedDevice:
             yield
         finally:
             self._numbered = False
-
-
-@contextmanager
-def without_preconditioners(optimizers: Iterable[SecondOrderOptimizer]) -> Iterator[None]:
-    """Within it their ``state_dict()`` is torch's part alone: DeepSpeed writes one file for each rank, and each would
-    hold an incomplete part of the rest, which is saved on its own."""
-    changed = list(optimizers)
-    for optimizer in changed:
-
-        def state_dict(original: Callable[[], dict[str, Any]] = optimizer.state_dict) -> dict[str, Any]:
-            return {name: value for name, value in original().items() if name != "second_order"}
-
-        vars(optimizer)["state_dict"] = state_dict
-    try:
-        yield
-    finally:
-        for optimizer in changed:
-            del vars(optimizer)["state_dict"]
 
 
 def prepare_config(config: dict[str, Any]) -> None:

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 import worker_fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_soo.callbacks import SecondOrder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo.strategies import (
@@ -110,6 +112,22 @@ class Manual(Bare):
         return torch.optim.AdamW(self.parameters(), **ADAMW)
 
 
+class Sharded(Bare):
+    """Shards itself, for Lightning's own strategy."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.scale, DTensor):
+            return
+        start_alike(self, torch.device("cpu"))
+        for block in self.net.blocks:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+        register_fsdp_forward_method(self, "training_step")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), **ADAMW)
+
+
 class Model(Bare):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), **ADAMW)
@@ -163,7 +181,7 @@ def fit(out: Path, strategy: Any, model: L.LightningModule | None = None, **opti
 
 def weights(trainer: L.Trainer, model: L.LightningModule) -> dict[str, torch.Tensor]:
     """Whole parameters by name, on every rank."""
-    if isinstance(trainer.strategy, SecondOrderFSDP2Strategy):
+    if isinstance(trainer.strategy, ModelParallelStrategy):
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         # only rank 0 is told the values
         return {name: value for name, value in full.items()}
@@ -241,11 +259,41 @@ def main(engine: str, out: Path) -> None:
         for sharded in (False, True):
             manual = Manual(int(os.environ["RANK"]), sharded)
             assert_close(weights(*fit(out, make_strategy(engine), manual, num_sanity_val_steps=0)), results["bare"])
+        stock(out, results["shampoo"])
+    if engine in ("fsdp2", "zero2"):  # together with the callback the optimizer is converted once
+        strategy = make_strategy(engine, **shampoo)
+        both = fit(out, strategy, callbacks=[SecondOrder(**SHAMPOO)], gradient_clip_val=0.1)
+        assert_close(weights(*both), results["shampoo"])
     if engine == "hsdp":
         strategy = SecondOrderFSDPStrategy(
             method=None, auto_wrap_policy={Block}, sharding_strategy="HYBRID_SHARD", device_mesh=(2, 2)
         )
         assert_close(weights(*fit(out, strategy)), results["bare"], atol=1e-5)
+
+
+def stock(out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Lightning's own strategy for FSDP2 with the callback alone: trained, saved by it, resumed."""
+    run = {"gradient_clip_val": 0.1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+
+    def callbacks() -> list[L.Callback]:
+        return [
+            SecondOrder(**SHAMPOO),
+            ModelCheckpoint(out / "stock", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+        ]
+
+    rank = int(os.environ["RANK"])
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    whole = fit(out, strategy, Sharded(rank), callbacks=callbacks(), enable_checkpointing=True, **run)
+    assert_close(weights(*whole), expected)
+    resumed = fit(
+        out,
+        ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        Sharded(rank + 7),
+        callbacks=callbacks()[:1],
+        ckpt_path=out / "stock" / "epoch=0.ckpt",
+        **run,
+    )
+    assert_close(weights(*resumed), expected)
 
 
 def second_order(out: Path) -> None:

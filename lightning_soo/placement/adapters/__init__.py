@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +15,15 @@ from lightning_soo.placement.layout import Layout
 ADAPTERS: Mapping[str, ModuleType] = {"zero": zero, "fsdp": fsdp, "dtensor": dtensor, "dense": dense}
 
 
-def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any] = ()) -> Layout:
+def read_layout(
+    groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int] = frozenset()
+) -> Layout:
     """This rank's layout, by the adapter of the engine that holds the parameters.
 
     Args:
         groups: the optimizer's parameter groups.
         model: wrapped or not; FSDP1 and DeepSpeed hold the layout in their wrapper.
-        constructed: the parameters that the optimizer was built with; engines replace them.
+        constructed: ids of the parameters that the optimizer was built with; engines replace them.
 
     Raises:
         TypeError: a parameter that no engine here can handle, named, with what to do.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.overrides import ParameterSpec
 
 
-def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> bool:
     return True
 
 
-def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> Layout:
     """One whole fragment per parameter.
 
     Raises:
@@ -51,7 +51,7 @@ def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> 
     )
 
 
-def _refuse_foreign(parameter: Tensor, name: str, constructed: Sequence[Any]) -> None:
+def _refuse_foreign(parameter: Tensor, name: str, constructed: Collection[int]) -> None:
     attach = "call optimizer.attach(model) with the wrapped model, or build the optimizer with it"
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         raise TypeError(
@@ -60,7 +60,7 @@ def _refuse_foreign(parameter: Tensor, name: str, constructed: Sequence[Any]) ->
         )
     if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
         raise TypeError(f"parameter {name!r} is sharded by FSDP: {attach}")
-    replaced = bool(constructed) and not any(reference() is parameter for reference in constructed)
+    replaced = bool(constructed) and id(parameter) not in constructed
     if replaced and parameter.ndim == 1 and not isinstance(parameter, nn.Parameter):
         raise TypeError(
             f"{name!r} is a flat tensor of {parameter.numel()} elements that an engine has put in the place of this "

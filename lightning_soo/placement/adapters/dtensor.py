@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,11 +16,11 @@ from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.overrides import ParameterSpec
 
 
-def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> bool:
     return any(hasattr(parameter, "placements") for group in groups for parameter in group["params"])
 
 
-def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> Layout:
     """Rows of every sharded parameter; parameters that are no DTensors are whole on every rank.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -26,11 +26,11 @@ def _handles(model: nn.Module | None) -> Iterator[tuple[str, Any]]:
             yield name, module._handle
 
 
-def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> bool:
     return next(_handles(model), None) is not None
 
 
-def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> Layout:
     """Slices of every flattened parameter; parameters of ``ignored_states`` are whole on every rank.
 
     Raises:

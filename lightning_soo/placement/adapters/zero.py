@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,32 +16,30 @@ from lightning_soo.placement.overrides import ParameterSpec
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine")
 
 
-def _engine_optimizer(model: nn.Module | None, constructed: Sequence[Any]) -> Any:
+def _engine_optimizer(model: nn.Module | None) -> Any:
     """DeepSpeed's optimizer around ours: of the engine, or as the parameters themselves remember it."""
     if model is not None and any(base.__name__ in _ENGINES for base in type(model).__mro__):
         return getattr(model, "optimizer", None)
-    parameters = [reference() for reference in constructed]
-    parameters += list(model.parameters()) if model is not None else []
-    for parameter in parameters:
+    for parameter in model.parameters() if model is not None else ():
         for attribute in ("_zero_optimizer", "_z3_optimizer"):
             if hasattr(parameter, attribute):
                 return getattr(parameter, attribute)
     return None
 
 
-def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> bool:
-    optimizer = _engine_optimizer(model, constructed)
+def matches(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> bool:
+    optimizer = _engine_optimizer(model)
     # stage 0 in float32 steps the user's optimizer itself, on whole parameters
     return optimizer is not None and getattr(optimizer, "optimizer", None) is not None
 
 
-def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Sequence[Any]) -> Layout:
+def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, constructed: Collection[int]) -> Layout:
     """Slices of every parameter in this rank's flat partitions.
 
     Raises:
         TypeError: a DeepSpeed feature that moves optimizer state elsewhere, by name.
     """
-    zero = _engine_optimizer(model, constructed)
+    zero = _engine_optimizer(model)
     kind = type(zero).__name__
     _refuse(zero, model, kind)
     if hasattr(zero, "fp32_partitioned_groups_flat"):

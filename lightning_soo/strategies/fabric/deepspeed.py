@@ -12,7 +12,6 @@ from lightning_soo.strategies.deepspeed_config import (
     NumberedDevice,
     check_accelerator,
     prepare_config,
-    without_preconditioners,
 )
 from lightning_soo.strategies.fabric.mixin import FabricSecondOrderMixin
 
@@ -53,7 +52,3 @@ class FabricSecondOrderDeepSpeedStrategy(NumberedDevice, FabricSecondOrderMixin,
     def _initialize_engine(self, *args: Any, **kwargs: Any) -> Any:
         with self.numbered_device():
             return super()._initialize_engine(*args, **kwargs)
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with without_preconditioners(self.second_order_optimizers):
-            super().save_checkpoint(*args, **kwargs)
