@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.transport import Transport
 
@@ -61,6 +62,8 @@ class BlockStore:
                 entry["roots"] = list(block.roots)
             if block.statistics is not None:
                 entry["statistics"] = block.statistics.state_dict()
+            if isinstance(block, EigenbasisBlock) and block.second_moment is not None:
+                entry["moments"] = {"second": block.second_moment, "weight": block.second_moment_weight}
             blocks[key] = entry
         flights = []
         for flight in self._refresher.in_flight if self._refresher is not None else ():
@@ -82,7 +85,7 @@ class BlockStore:
             name: {
                 key: entry[name] for key, entry in local["blocks"].items() if name in entry and self._sends(key, name)
             }
-            for name in ("statistics", "roots")
+            for name in ("statistics", "roots", "moments")
         }
         mine |= {
             "outcomes": {
@@ -96,7 +99,7 @@ class BlockStore:
             return
         for part in parts:
             theirs = torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True, map_location="cpu")
-            for name in ("statistics", "roots"):
+            for name in ("statistics", "roots", "moments"):
                 for key, value in theirs[name].items():
                     local["blocks"][key][name] = value
             for row in local["in_flight"]:
@@ -167,9 +170,17 @@ class BlockStore:
             block.refreshed_observations = int(entry["refreshed_observations"])
             block.failures = int(entry["failures"])
             block.diagnostics = dict(entry["diagnostics"])
-            block.ready = "roots" in entry
+            has_roots, is_home = "roots" in entry, refresher.rank in refresher.places[key].homes
+            block.ready = has_roots or isinstance(block, EigenbasisBlock)
             block.roots = None
-            if block.ready and refresher.rank in refresher.places[key].homes:
+            if isinstance(block, EigenbasisBlock):
+                block.second_moment = None
+                if is_home and "moments" in entry:
+                    block.second_moment = entry["moments"]["second"].to(
+                        device=block.device, dtype=block.statistics_dtype, copy=True
+                    )
+                    block.second_moment_weight = float(entry["moments"]["weight"])
+            if has_roots and is_home:
                 block.roots = [
                     root.to(device=block.device, dtype=block.compute_dtype, copy=True) for root in entry["roots"]
                 ]

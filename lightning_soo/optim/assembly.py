@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,24 +32,27 @@ class Assembly:
         self._layouts: dict[tuple[int, bool], list[tuple[Traveller, Box, int]]] = {}
 
     def arrive(
-        self, part: int, wanted: Callable[[Member], bool], source: Source
-    ) -> Iterator[tuple[Bucket, dict[str, Tensor]]]:
-        """Yield each bucket with the units that have their home here, assembled, by key.
+        self, part: int, wanted: Callable[[Member], bool], sources: Sequence[Source]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield each bucket and, for each source, the units that have their home here, assembled, by key.
 
         Args:
             wanted: whether a member's units are needed; the same on all ranks. A bucket without any is left out.
-            source: a member's local elements to send, contiguous; None sends zeros.
+            sources: a member's local elements to send, contiguous; None sends zeros.
         """
-        under_way: tuple[Bucket, Arriving] | None = None
+        under_way: tuple[Bucket, list[Arriving]] | None = None
         for bucket in self._buckets.get(part, ()):
             if not any(wanted(self._members[traveller.parameter]) for traveller in bucket.travellers):
                 continue
-            following = bucket, self._send(bucket, source)
+            following = bucket, [self._send(bucket, source) for source in sources]
             if under_way is not None:
-                yield under_way[0], self._assemble(*under_way)
+                yield self._assembled(*under_way)
             under_way = following
         if under_way is not None:
-            yield under_way[0], self._assemble(*under_way)
+            yield self._assembled(*under_way)
+
+    def _assembled(self, bucket: Bucket, arriving: Sequence[Arriving]) -> tuple[Any, ...]:
+        return bucket, *(self._assemble(bucket, each) for each in arriving)
 
     def give_back(self, bucket: Bucket, results: Mapping[str, Tensor], target: Callable[[Member], Tensor]) -> None:
         """Send what was made of a bucket's units to the ranks that hold them, and take what came of the last bucket.

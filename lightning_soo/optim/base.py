@@ -119,7 +119,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         """Bring gradients into the layout of the moments, and add L2 decay where it is not decoupled."""
         for member in members:
             state, group, parameter = self.state[member.tensor], member.group, member.parameter()
-            grafting.initialise(state, member.tensor, self.options.grafting, group)
+            grafting.initialise(state, member.tensor, member.graft, group)
             local = member.local_state(state)
             found = member.local_gradient()
             gradient = torch.zeros_like(parameter) if found is None else found
@@ -152,7 +152,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         def source(member: Member) -> Tensor | None:
             return member.gradient if member.magnitude > 0 else None
 
-        for bucket, units in self._assembly.arrive(part, lambda member: member.magnitude > 0, source):
+        for bucket, units in self._assembly.arrive(part, lambda member: member.magnitude > 0, [source]):
             for traveller in bucket.travellers:
                 member = self._members[traveller.parameter]
                 if traveller.key not in units or not member.magnitude > 0:
@@ -168,15 +168,10 @@ class SecondOrderOptimizer(DirectedOptimizer):
         keys = None
         if self._layout.part_of:
             keys = {b.block.key for m in self._members if m.planned.spec.part == part for b in m.blocks}
-        self._refresher.advance(self.steps, self._root_job, keys)
+        self._refresher.advance(self.steps, self._make_job, keys)
 
-    def _root_job(self, block: KroneckerBlock, statistics: KroneckerStatistics) -> Job:
-        return statistics.root_job(
-            correction=block.weight if self.options.use_bias_correction else 1.0,
-            exponent=block.exponent,
-            eps=self.options.preconditioner_eps,
-            relative_eps=self.options.relative_eps,
-        )
+    def _make_job(self, block: KroneckerBlock, statistics: KroneckerStatistics) -> Job:
+        return block.job(statistics, self.options)
 
     def _apply(self, members: list[Member]) -> None:
         for member in members:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_soo.linalg.norms import squared_norm
 from lightning_soo.optim import grafting
+from lightning_soo.optim.assembly import Source
 from lightning_soo.optim.members import Member
 from lightning_soo.optim.stateful import StatefulOptimizer
 
@@ -28,7 +29,7 @@ class DirectedOptimizer(StatefulOptimizer):
             local = member.local_state(self.state[member.tensor])
             graft = self._scratch_like(member.gradient)
             filtered, correction = grafting.update(
-                options.grafting,
+                member.graft,
                 member.gradient,
                 local,
                 member.group,
@@ -44,24 +45,23 @@ class DirectedOptimizer(StatefulOptimizer):
             if not member.is_ready:
                 member.gradient.copy_(graft)
                 continue
-            if options.grafting is None:
+            if member.graft is None:
                 member.scale = correction
             else:
                 grafts |= self._squares(member, graft)
             filtered_of[id(member)] = filtered
             self._precondition_whole_blocks(member, filtered)
         self._precondition_travellers(part, filtered_of)
-        if options.grafting is not None:
-            self._graft([member for member in members if member.is_ready], grafts)
+        self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
 
     def _precondition_whole_blocks(self, member: Member, filtered: Tensor) -> None:
         """Blocks that lie in this rank's fragment: straight from the filter to the gradient's storage."""
         source = filtered.contiguous()
         in_place = member.gradient.is_contiguous()
-        target = member.gradient if in_place else torch.empty_like(source, memory_format=torch.contiguous_format)
+        target = member.gradient if in_place else member.gradient.contiguous()
         for block in member.whole_blocks:
-            box = block.block.ranges
-            member.view(target, box).copy_(block.precondition(member.view(source, box)))
+            view = member.view(target, block.block.ranges)  # the gradient, until the direction overwrites it
+            view.copy_(block.precondition(member.view(source, block.block.ranges), view, member.group))
         if not in_place:
             member.gradient.copy_(target)
 
@@ -75,12 +75,19 @@ class DirectedOptimizer(StatefulOptimizer):
         def target(member: Member) -> Tensor:
             return member.gradient
 
-        for bucket, units in self._assembly.arrive(part, moves, lambda member: filtered_of.get(id(member))):
-            directions = {
-                traveller.key: self._refresher.blocks[traveller.key].precondition(units[traveller.key])
-                for traveller in bucket.travellers
-                if traveller.key in units and moves(self._members[traveller.parameter])
-            }
+        sources: list[Source] = [lambda member: filtered_of.get(id(member))]
+        if self.block_class.needs_gradient:
+            sources.append(lambda member: member.gradient if id(member) in filtered_of else None)
+        for bucket, *units in self._assembly.arrive(part, moves, sources):
+            directions = {}
+            for traveller in bucket.travellers:
+                member = self._members[traveller.parameter]
+                if traveller.key in units[0] and moves(member):
+                    block = self._refresher.blocks[traveller.key]
+                    given = [assembled[traveller.key] for assembled in units]
+                    directions[traveller.key] = block.precondition(
+                        given[0], given[-1] if block.needs_gradient else None, member.group
+                    )
             self._assembly.give_back(bucket, directions, target)
         self._assembly.finish(target)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_soo.optim.outcomes import (
     Outcome,
+    matrix_templates,
     message_size,
     pack,
     pack_symmetric,
-    root_templates,
     unpack,
     unpack_symmetric,
 )
@@ -21,7 +21,7 @@ from lightning_soo.placement.homes import Place
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.transport import Transport, pack_bytes, template_size, unpack_bytes
 
-BlockLayout = Callable[[str], tuple[tuple[int, ...], torch.dtype]]
+BlockLayout = Callable[[str], tuple[tuple[int, ...], torch.dtype, bool]]
 
 
 @dataclass(kw_only=True)
@@ -145,4 +145,4 @@ def exchange_statistics(
 
 
 def _statistics_templates(block: KroneckerBlock) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [((2,), torch.float64), *root_templates(block.block.orders, block.statistics_dtype)]
+    return [((2,), torch.float64), *matrix_templates(block.block.orders, block.statistics_dtype)]

@@ -29,6 +29,7 @@ class Member:
         fragment: what this rank holds of it; may be nothing.
         blocks: all of its blocks, wherever they live.
         whole_blocks: those preconditioned here that lie completely in the fragment.
+        graft: whose step size it has, or moves it alone; None where the direction has its own.
         counts: whether this rank adds its elements to sums over all ranks (each element is added once).
         counter: steps of the graft where several parameters share one optimizer tensor, whose state has room for one.
         gradient: laid out like the moments; the direction overwrites it.
@@ -42,6 +43,7 @@ class Member:
     planned: PlannedParameter
     blocks: list[KroneckerBlock]
     whole_blocks: list[KroneckerBlock]
+    graft: str | None
     counts: bool = True
     counter: Tensor | None = None
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -115,6 +117,7 @@ def make_members(
     *,
     rank: int,
     previous: Sequence[Member],
+    block_class: type[KroneckerBlock] = KroneckerBlock,
 ) -> list[Member]:
     """The members of a plan on one rank; blocks and counters of an earlier plan go on.
 
@@ -127,7 +130,10 @@ def make_members(
     sharing = Counter(id(fragment.tensor) for fragment in layout.fragments)
     members = []
     for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
-        blocks = [old.get(unit.key) or _new_block(unit, fragment, planned.spec, options) for unit in planned.units]
+        blocks = [
+            old.get(unit.key) or _new_block(block_class, unit, fragment, planned.spec, options)
+            for unit in planned.units
+        ]
         for unit, block in zip(planned.units, blocks, strict=True):
             if unit.place.keeper == rank and block.statistics is None:
                 block.statistics = KroneckerStatistics.zeros(
@@ -135,8 +141,9 @@ def make_members(
                 )
         here = [rank in unit.homes and not unit.place.travels for unit in planned.units]
         group = groups[layout.groups[index]]
+        graft = options.grafting if planned.units else options.fallback
         if planned.spec.requires_grad:
-            grafting.initialise(states[fragment.tensor], fragment.tensor, options.grafting, group)
+            grafting.initialise(states[fragment.tensor], fragment.tensor, graft, group)
         member = Member(
             fragment=fragment,
             group=group,
@@ -144,6 +151,7 @@ def make_members(
             planned=planned,
             blocks=blocks,
             whole_blocks=[block for block, is_here in zip(blocks, here, strict=True) if is_here],
+            graft=graft,
             counts=plan.table.counts(rank, index, math.prod(fragment.shape)),
         )
         if sharing[id(fragment.tensor)] > 1:
@@ -153,8 +161,14 @@ def make_members(
     return members
 
 
-def _new_block(unit: Unit, fragment: Fragment, spec: ParameterSpec, options: ShampooOptions) -> KroneckerBlock:
-    return KroneckerBlock(
+def _new_block(
+    block_class: type[KroneckerBlock],
+    unit: Unit,
+    fragment: Fragment,
+    spec: ParameterSpec,
+    options: ShampooOptions,
+) -> KroneckerBlock:
+    return block_class(
         block=unit.block,
         exponent=options.exponent_override or 2.0 * len(unit.block.dims),
         compute_dtype=options.root_dtype(spec.dtype),

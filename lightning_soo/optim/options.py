@@ -51,6 +51,7 @@ class ShampooOptions:
     grafting: str | None = "adam"
     grafting_beta2: float | None = None
     grafting_norm: str = "parameter"
+    own_step_size: bool = False  # the direction has the step size of Adam by itself (SOAP)
     nonfinite: str = "skip"
     exchange_bucket_bytes: int = 2**25
     compute_dtype: torch.dtype | None = None
@@ -93,6 +94,11 @@ class ShampooOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
         if self.grafting is not None and self.grafting not in GRAFTS:
             raise ValueError(f"grafting={self.grafting!r}{nearest(str(self.grafting), GRAFTS)} (or None)")
+
+    @property
+    def fallback(self) -> str | None:
+        """What moves the parameters that are not preconditioned."""
+        return "adam" if self.own_step_size else self.grafting
 
     @property
     def start(self) -> int:

@@ -70,17 +70,19 @@ class Outcome:
         )
 
 
-def root_templates(orders: Sequence[int], dtype: torch.dtype) -> list[Template]:
-    """Layout of symmetric matrices on their way: half of each."""
-    return [(_packed_shape(order), dtype) for order in orders]
+def matrix_templates(orders: Sequence[int], dtype: torch.dtype, symmetric: bool = True) -> list[Template]:
+    """Layout of matrices on their way: half of each symmetric one."""
+    return [(_packed_shape(order) if symmetric else (order, order), dtype) for order in orders]
 
 
-def message_size(orders: Sequence[int], dtype: torch.dtype, *, with_roots: bool = True) -> int:
-    """Bytes of one outcome's message: a header, then half of each root, since roots are symmetric."""
-    return template_size([_HEADER, *(root_templates(orders, dtype) if with_roots else ())])
+def message_size(orders: Sequence[int], dtype: torch.dtype, symmetric: bool, *, with_roots: bool = True) -> int:
+    """Bytes of one outcome's message: a header, then each matrix."""
+    return template_size([_HEADER, *(matrix_templates(orders, dtype, symmetric) if with_roots else ())])
 
 
-def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype, *, with_roots: bool = True) -> list[Tensor]:
+def pack(
+    outcome: Outcome, orders: Sequence[int], dtype: torch.dtype, symmetric: bool, *, with_roots: bool = True
+) -> list[Tensor]:
     """Tensors of one message; a failure has the same size, so that sizes come from the plan alone."""
     header = torch.tensor(
         [
@@ -96,15 +98,25 @@ def pack(outcome: Outcome, orders: Sequence[int], dtype: torch.dtype, *, with_ro
     if not with_roots:
         return [header]
     if outcome.roots is None:
-        return [header, *(torch.zeros(shape, dtype=dtype) for shape, _ in root_templates(orders, dtype))]
-    return [header, *(pack_symmetric(root) for root in outcome.roots)]
+        return [header, *(torch.zeros(shape, dtype=dtype) for shape, _ in matrix_templates(orders, dtype, symmetric))]
+    return [header, *(pack_symmetric(root) if symmetric else root for root in outcome.roots)]
 
 
-def unpack(flat: Tensor, orders: Sequence[int], dtype: torch.dtype, owner: int, *, with_roots: bool = True) -> Outcome:
+def unpack(
+    flat: Tensor,
+    orders: Sequence[int],
+    dtype: torch.dtype,
+    symmetric: bool,
+    owner: int,
+    *,
+    with_roots: bool = True,
+) -> Outcome:
     """The outcome that rank ``owner`` packed."""
-    header, *packed = unpack_bytes(flat, [_HEADER, *(root_templates(orders, dtype) if with_roots else ())])
+    header, *packed = unpack_bytes(flat, [_HEADER, *(matrix_templates(orders, dtype, symmetric) if with_roots else ())])
     ok, condition_number, residual, seconds, waited, restarts = header.tolist()
-    roots = [unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)] if with_roots else None
+    roots = packed if with_roots else None
+    if with_roots and symmetric:
+        roots = [unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)]
     return Outcome(
         ok=bool(ok),
         roots=roots if ok else None,

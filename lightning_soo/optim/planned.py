@@ -24,6 +24,7 @@ from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
 from lightning_soo.placement.table import plan_table
+from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
@@ -36,6 +37,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     options: ShampooOptions
     method = "second-order"
+    block_class: type[KroneckerBlock] = KroneckerBlock
     # ids of the parameters given by the user, which engines replace by their own; a weak reference to a parameter would
     # forbid torch to exchange its contents (`Module.to` on DTensors)
     _constructed: set[int]
@@ -130,7 +132,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             error = raised
         specs = layout.specs if layout is not None else ()
         sections = {
-            "the configuration": repr(self.options),
+            "the configuration": f"{self.method}: {self.options!r}",
             "the engine": layout.engine if layout is not None else "",
             "the list of parameters": str([(spec.name, spec.shape, spec.dtype, spec.part) for spec in specs]),
             "which parameters are frozen": str([spec.requires_grad for spec in specs]),
@@ -162,6 +164,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         layout = layout or self._layout or self._read_layout()
         keep = self._plan is not None and table is not None and rules is None
         previous = {unit.key: unit.place for unit in self._plan.units} if keep and self._plan else None
+        for override in options.overrides:
+            if override.method not in (self.method, "none", None):
+                raise ValueError(
+                    f"override {override.match!r}: method={override.method!r} in an optimizer of method "
+                    f"{self.method!r}: choose 'none', or leave it out"
+                )
         plan = build_plan(
             layout.specs,
             rules or options.block_rules,
@@ -171,6 +179,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             statistics_frequency=options.statistics_frequency,
             exchange_bucket_bytes=options.exchange_bucket_bytes,
             element_bytes=self._element_bytes,
+            exchanges=2 if self.block_class.needs_gradient else 1,
             previous=previous,
         )
         trainable = any(p.spec.requires_grad for p in plan.parameters)
@@ -180,14 +189,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         return plan
 
-    def _element_bytes(self, spec: ParameterSpec) -> tuple[int, int]:
+    def _element_bytes(self, spec: ParameterSpec) -> tuple[int, int, int]:
         options = self.options
-        return options.root_dtype(spec.dtype).itemsize, options.statistics_dtype(spec.dtype).itemsize
+        statistics = options.statistics_dtype(spec.dtype).itemsize
+        return options.root_dtype(spec.dtype).itemsize, statistics, statistics if self.block_class.needs_gradient else 0
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
         transport = self._transport
         members = make_members(
-            plan, layout, self._groups(), self.state, self.options, rank=transport.rank, previous=self._members
+            plan,
+            layout,
+            self._groups(),
+            self.state,
+            self.options,
+            rank=transport.rank,
+            previous=self._members,
+            block_class=self.block_class,
         )
         blocks = {block.block.key: block for member in members for block in member.blocks}
         background = self._make_background(plan, blocks) if self._refresher is None else self._refresher.background
@@ -254,7 +271,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         engine = self._layout.engine if self._layout is not None else "dense"
         if engine == "dense":
             engine = "ddp" if plan.ranks > 1 else "single"
-        table = plan_table(plan, engine=engine, method=self.method, graft=self.options.grafting or "sgd")
+        table = plan_table(plan, engine=engine, method=self.method, graft=self.options.fallback or "sgd")
         if plan.exchange_bytes:
             table += f"\n{self._without_traffic(plan)}"
         if self._refresher is not None and plan is self._plan:
@@ -274,6 +291,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of preconditioner state on this rank: what ``plan.state_bytes[rank]`` predicts."""
         held = [root for member in self._members for block in member.blocks for root in block.roots or ()]
+        held += [
+            block.second_moment
+            for member in self._members
+            for block in member.blocks
+            if isinstance(block, EigenbasisBlock) and block.second_moment is not None
+        ]
         held += [
             matrix
             for member in self._members

@@ -158,7 +158,7 @@ class Refresher:
             if entry.swap > entry.started:
                 self._watch(time.monotonic() - begin, result.seconds)
             restarts = float(self.background.restarts)
-            entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)
+            entry.own = Outcome.of(result, *self._layout(entry.key)[:2], waited=self.waited, restarts=restarts)
 
     def _watch(self, waited: float, seconds: float) -> None:
         """Say once, when results are late again and again, what to change."""
@@ -194,9 +194,9 @@ class Refresher:
             self._gathering.finish()
             self._gathering = None
 
-    def _layout(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def _layout(self, key: str) -> tuple[tuple[int, ...], torch.dtype, bool]:
         block = self.blocks[key]
-        return block.block.orders, block.compute_dtype
+        return block.block.orders, block.compute_dtype, block.symmetric
 
     def _install(self, entry: InFlight, outcome: Outcome) -> None:
         block = self.blocks[entry.key]

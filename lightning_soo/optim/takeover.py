@@ -12,8 +12,9 @@ from torch import nn
 from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.shampoo import Shampoo
+from lightning_soo.optim.soap import SOAP
 
-METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo}
+METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo, "soap": SOAP}
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -59,6 +60,8 @@ def take_over(
             if group.get(name):
                 raise TypeError(f"cannot take over {kind.__name__} with {name}=True (parameter group {number})")
     sgd = kind is torch.optim.SGD
+    if sgd and METHODS[method] is SOAP:
+        raise TypeError("SOAP is Adam in another basis and cannot take over SGD: use AdamW, or method='shampoo'")
     first = optimizer.defaults
     settings: dict[str, Any] = {"lr": first["lr"], "weight_decay": first["weight_decay"]}
     if sgd:

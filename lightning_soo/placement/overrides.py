@@ -12,7 +12,7 @@ import torch
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import BlockRules
 
-METHODS = ("shampoo", "none")
+METHODS = ("shampoo", "soap", "none")
 _KEYS = ("match", "method", *(f.name for f in fields(BlockRules) if f.name != "is_embedding"))
 
 
@@ -40,7 +40,7 @@ class Override:
     """One entry of ``overrides``: ``{"match": pattern or module class, "method": ..., any block option: ...}``."""
 
     match: str
-    method: str = "shampoo"
+    method: str | None = None
     rules: Mapping[str, Any]
 
     @classmethod
@@ -57,8 +57,8 @@ class Override:
             re.compile(match)
         except re.error as error:
             raise ValueError(f"overrides: match={match!r} is not a regular expression: {error}") from None
-        method = entry.get("method", "shampoo")
-        if method not in METHODS:
+        method = entry.get("method")
+        if method is not None and method not in METHODS:
             raise ValueError(f"overrides: method={method!r} for match={match!r}{nearest(str(method), METHODS)}")
         rules = {key: value for key, value in entry.items() if key not in ("match", "method")}
         return cls(match=match, method=method, rules=rules)
@@ -69,8 +69,8 @@ class Override:
 
 def resolve(
     specs: Sequence[ParameterSpec], rules: BlockRules, overrides: Sequence[Override]
-) -> list[tuple[str, BlockRules]]:
-    """Return ``(method, rules)`` of each parameter.
+) -> list[tuple[str | None, BlockRules]]:
+    """Return ``(method, rules)`` of each parameter; None is the optimizer's own method.
 
     Raises:
         ValueError: an override that matches no parameter, with the nearest names.
@@ -82,9 +82,10 @@ def resolve(
                 f"overrides: match={override.match!r} matches none of {len(specs)} parameters"
                 f"{nearest(override.match, names)}"
             )
-    resolved = []
+    resolved: list[tuple[str | None, BlockRules]] = []
     for spec in specs:
-        method, own = "shampoo", replace(rules, is_embedding="Embedding" in spec.module_classes)
+        method: str | None = None
+        own = replace(rules, is_embedding="Embedding" in spec.module_classes)
         for override in overrides:
             if override.matches(spec):
                 method, own = override.method, replace(own, **override.rules)

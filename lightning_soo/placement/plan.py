@@ -21,13 +21,15 @@ class Unit:
     """What is owned as one: a block, and its place.
 
     Attributes:
-        root_bytes, statistics_bytes: of one copy of its roots and of its statistics.
+        root_bytes, statistics_bytes, moment_bytes: of one copy of its roots, of its statistics, and of moments that are
+            kept where it is applied.
     """
 
     block: Block
     place: Place
     root_bytes: int
     statistics_bytes: int
+    moment_bytes: int
 
     @property
     def key(self) -> str:
@@ -65,11 +67,14 @@ class Plan:
 
     Attributes:
         buckets: part of the step -> what travels in it, in order.
+        exchanges: buffers of each bucket on the way to the homes: the filtered gradient, and the gradient where the
+            method wants both.
     """
 
     parameters: tuple[PlannedParameter, ...]
     table: FragmentTable
     buckets: Mapping[int, tuple[Bucket, ...]]
+    exchanges: int = 1
 
     @property
     def ranks(self) -> int:
@@ -103,7 +108,7 @@ class Plan:
         count = [0] * self.ranks
         for unit in self.units:
             for home in unit.homes:
-                count[home] += unit.root_bytes
+                count[home] += unit.root_bytes + unit.moment_bytes
             count[unit.place.keeper] += unit.statistics_bytes
         return count
 
@@ -128,7 +133,7 @@ class Plan:
     def buffer_bytes(self) -> int:
         """The most that exchange buffers occupy on a rank: two buckets under way, each with its way back."""
         largest = sorted((bucket.largest_bytes for bucket in self._all_buckets), reverse=True)[:2]
-        return 4 * sum(largest)
+        return 2 * (self.exchanges + 1) * sum(largest)
 
     def collectives_per_step(self, *, observes: bool) -> dict[str, int]:
         """Collectives of a step between refreshes, once roots are in: two small reductions, and travelling blocks.
@@ -141,7 +146,7 @@ class Plan:
             return {"all_reduce": 0, "all_to_all": 0}
         return {
             "all_reduce": 1 + (parts if self.table.shards > 1 else 0),
-            "all_to_all": len(self._all_buckets) * (3 if observes else 2),
+            "all_to_all": len(self._all_buckets) * (self.exchanges + 1 + observes),
         }
 
     @property
@@ -178,14 +183,15 @@ def build_plan(
     precondition_frequency: int = 20,
     statistics_frequency: int = 1,
     exchange_bucket_bytes: int = 2**25,
-    element_bytes: Callable[[ParameterSpec], tuple[int, int]] = lambda spec: (spec.dtype.itemsize, 4),
+    element_bytes: Callable[[ParameterSpec], tuple[int, int, int]] = lambda spec: (spec.dtype.itemsize, 4, 0),
+    exchanges: int = 1,
     previous: Mapping[str, Place] | None = None,
 ) -> Plan:
     """Cut parameters into blocks and give each a place.
 
     Args:
         table: what every rank holds; None is everything on each of ``ranks``.
-        element_bytes: size of an element of a parameter's roots and of its statistics.
+        element_bytes: size of an element of a parameter's roots, of its statistics and of its moments.
         previous: block key -> place in the plan before; blocks that are still there stay where they are, so that
             nothing moves when a parameter group is added.
     """
@@ -209,7 +215,7 @@ def build_plan(
     )
     parameters = []
     for spec, blocks, reason in cut:
-        root_size, statistics_size = element_bytes(spec)
+        root_size, statistics_size, moment_size = element_bytes(spec)
         units = []
         for block in blocks:
             elements = sum(order**2 for order in block.orders)
@@ -219,6 +225,7 @@ def build_plan(
                     place=places[block.key],
                     root_bytes=elements * root_size,
                     statistics_bytes=elements * statistics_size,
+                    moment_bytes=math.prod(block.shape) * moment_size,
                 )
             )
         parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason))
@@ -243,7 +250,7 @@ def build_plan(
     buckets = {
         part: tuple(fill_buckets(found, table.shards, exchange_bucket_bytes)) for part, found in travellers.items()
     }
-    return Plan(parameters=tuple(parameters), table=table, buckets=buckets)
+    return Plan(parameters=tuple(parameters), table=table, buckets=buckets, exchanges=exchanges)
 
 
 def _largest_over_mean(values: Sequence[float]) -> float:

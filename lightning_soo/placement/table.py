@@ -25,7 +25,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
     rows = [_HEADER]
     for members in groups.values():
         first = members[0]
-        held = sum(unit.root_bytes + unit.statistics_bytes for p in members for unit in p.units)
+        held = sum(unit.root_bytes + unit.statistics_bytes + unit.moment_bytes for p in members for unit in p.units)
         owners = sorted({unit.refresher for p in members for unit in p.units})
         rows.append(
             (

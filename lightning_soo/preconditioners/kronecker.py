@@ -7,14 +7,18 @@ direction is ``G`` times ``(A_i / c2 + eps_i I)^(-1/p)`` along every ``i``. Pure
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_soo.placement.blocks import Block
 from lightning_soo.refresh.jobs import Job
+
+if TYPE_CHECKING:
+    from lightning_soo.optim.options import ShampooOptions
 
 # Outside this range squares of float32 gradients start to overflow or to vanish, and statistics are kept scaled.
 _SMALLEST, _LARGEST = 1e-10, 1e12
@@ -99,9 +103,13 @@ class KroneckerBlock:
         observations: how many gradients were seen; known on every rank.
         refreshed_observations: how many the last refresh had seen.
         ready: whether roots are in use, wherever the block lives; known on every rank.
+        needs_gradient: whether :meth:`precondition` wants the gradient beside its running mean.
+        symmetric: whether the matrices of a refresh are, so that half of each is sent.
         roots: one ``(n, n)`` per preconditioned dimension where the block is applied, None before the first is in.
     """
 
+    needs_gradient: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
     block: Block
     exponent: float
     compute_dtype: torch.dtype
@@ -126,14 +134,34 @@ class KroneckerBlock:
         assert self.statistics is not None
         self.statistics.observe(self.block, gradient, decay=decay, weight=weight, magnitude=magnitude)
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """Return ``gradient`` times the roots, in ``compute_dtype`` and the gradient's shape."""
+    def job(self, statistics: KroneckerStatistics, options: ShampooOptions) -> Job:
+        """What a worker computes of ``statistics``, but for its arrays: they are brought to the host first."""
+        return statistics.root_job(
+            correction=self.weight if options.use_bias_correction else 1.0,
+            exponent=self.exponent,
+            eps=options.preconditioner_eps,
+            relative_eps=options.relative_eps,
+        )
+
+    def precondition(
+        self, filtered: Tensor, gradient: Tensor | None = None, group: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Return ``filtered`` times the roots, in ``compute_dtype`` and its shape.
+
+        Args:
+            filtered: the gradient's running mean, or the gradient itself, of the block's shape.
+            gradient, group: of blocks that need them (``needs_gradient``): the gradient and its parameter group.
+        """
         assert self.roots is not None
-        x = gradient.to(self.compute_dtype)
-        for dim, root in zip(self.block.dims, self.roots, strict=True):
-            if x.ndim == 2:
-                x = root @ x if dim == 0 else x @ root
-            else:
-                moved = x.movedim(dim, 0)
-                x = (root @ moved.reshape(root.shape[0], -1)).reshape(moved.shape).movedim(0, dim)
-        return x
+        return multiply(filtered.to(self.compute_dtype), self.block.dims, self.roots)
+
+
+def multiply(x: Tensor, dims: Sequence[int], matrices: Sequence[Tensor]) -> Tensor:
+    """Multiply along each of ``dims``: ``M @ unfold_dim(x)``."""
+    for dim, matrix in zip(dims, matrices, strict=True):
+        if x.ndim == 2:
+            x = matrix @ x if dim == 0 else x @ matrix.T
+        else:
+            moved = x.movedim(dim, 0)
+            x = (matrix @ moved.reshape(matrix.shape[0], -1)).reshape(moved.shape).movedim(0, dim)
+    return x

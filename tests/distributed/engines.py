@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_soo import Shampoo
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.takeover import METHODS
 
 Options = dict[str, Any]
 CPU = torch.device("cpu")
@@ -52,20 +53,23 @@ def make_batch(step: int, count: int) -> tuple[Tensor, Tensor]:
     return tokens, (tokens * 7 + 3) % 23
 
 
-def make_optimizer(params: Any, options: Options) -> Shampoo:
+def make_optimizer(params: Any, options: Options) -> SecondOrderOptimizer:
+    """``options["method"]`` by name, Shampoo unless given."""
+    method = options.get("method", "shampoo")
     base: Options = {
         "lr": 0.01,
         "weight_decay": 0.1,
         "max_preconditioner_dim": 8,
         "precondition_frequency": 4,
         "start_preconditioning_step": 3,
-        "preconditioner_eps": 1e-3,
         "precondition_1d": True,
         "workers": "inline",
         # small, so that there are several
         "exchange_bucket_bytes": 1024,
     }
-    return Shampoo(params, **{**base, **options})
+    if method == "shampoo":
+        base["preconditioner_eps"] = 1e-3
+    return METHODS[method](params, **{**base, **{name: value for name, value in options.items() if name != "method"}})
 
 
 class Engine:
@@ -89,7 +93,7 @@ class Engine:
     def wrap(self, module: nn.Module) -> nn.Module:
         return module
 
-    def build(self, options: Options) -> Shampoo:
+    def build(self, options: Options) -> SecondOrderOptimizer:
         groups = self.groups(self.module)
         optimizer = make_optimizer(self.model if groups is None else groups, options)
         optimizer.attach(self.model, "single" if self.name == "single" else None)
@@ -293,7 +297,7 @@ class Zero(Engine):
         trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         return [{"params": trainable[:4]}, {"params": trainable[4:], "weight_decay": 0.05}]
 
-    def build(self, options: Options) -> Shampoo:
+    def build(self, options: Options) -> SecondOrderOptimizer:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of g++
@@ -315,7 +319,7 @@ class Zero(Engine):
         self.attach(optimizer)
         return optimizer
 
-    def attach(self, optimizer: Shampoo) -> None:
+    def attach(self, optimizer: SecondOrderOptimizer) -> None:
         optimizer.attach(self.engine)
 
     def backward(self, loss: Tensor) -> None:

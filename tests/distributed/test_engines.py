@@ -23,10 +23,10 @@ MORE_ZERO = [
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_torch_engines_equal_one_process(ranks: int) -> None:
     names = TORCH + (MORE if ranks == 2 else []) + (["hsdp", "fsdp1-hybrid"] if ranks == 4 else [])
-    torchrun(WORKER, ranks, *names)
+    torchrun(WORKER, ranks, "shampoo", *names)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_zero_equals_one_process(ranks: int) -> None:
     pytest.importorskip("deepspeed")
-    torchrun(WORKER, ranks, *ZERO, *(MORE_ZERO if ranks == 2 else []))
+    torchrun(WORKER, ranks, "shampoo", *ZERO, *(MORE_ZERO if ranks == 2 else []))

@@ -1,4 +1,4 @@
-"""One rank of the engine suite: every engine named on the command line against one process on the same batches."""
+"""One rank of the engine suite: a method on every engine named after it, against one process on the same batches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BFLOAT16_BOUND = 0.15  # of one rank's rounding against another's, in a run that
 
 
 @functools.cache
-def expected(kind: type[Engine], clip: float | None, delay: int) -> dict[str, torch.Tensor]:
-    return reference(kind, {"refresh_delay": delay}, clip)
+def expected(kind: type[Engine], method: str, clip: float | None, delay: int) -> dict[str, torch.Tensor]:
+    return reference(kind, {"method": method, "refresh_delay": delay}, clip)
 
 
-def compare(kind: type[Engine], rank: int, ranks: int) -> None:
+def compare(kind: type[Engine], method: str, rank: int, ranks: int) -> None:
     for accumulation, clip, delay in CASES:
-        case = f"{kind.name}, {ranks} ranks, accumulation {accumulation}, clip {clip}, delay {delay}"
-        engine = kind({"refresh_delay": delay}, accumulation=accumulation, clip=clip)
+        case = f"{method} {kind.name}, {ranks} ranks, accumulation {accumulation}, clip {clip}, delay {delay}"
+        engine = kind({"method": method, "refresh_delay": delay}, accumulation=accumulation, clip=clip)
         calls: list[dict[str, int]] = []
 
         def count(step: int, engine: Engine = engine, calls: list[dict[str, int]] = calls) -> None:
@@ -35,7 +35,7 @@ def compare(kind: type[Engine], rank: int, ranks: int) -> None:
         engine.train(0, 20, rank, ranks, before_step=count)
         count(20)
         # what one process does, in the same precision and parameter groups
-        error = deviation(engine.parameters(), expected(kind, clip, delay))
+        error = deviation(engine.parameters(), expected(kind, method, clip, delay))
         bound = BFLOAT16_BOUND if "bf16" in kind.name else BOUNDS[kind.precision(clip)]
         assert error <= bound, f"{case}: deviates by {error:.2g} of the movement"
         check_memory(engine, rank, case)
@@ -57,7 +57,9 @@ def check_memory(engine: Engine, rank: int, case: str) -> None:
     """Bytes held are bytes planned, but for roots of the parameter that never had a gradient."""
     plan = engine.optimizer._plan
     assert plan is not None
-    never = sum(u.root_bytes for u in plan.units if u.block.parameter.startswith("unused") and rank in u.homes)
+    never = sum(
+        u.root_bytes + u.moment_bytes for u in plan.units if u.block.parameter.startswith("unused") and rank in u.homes
+    )
     assert engine.optimizer.state_bytes() + never == plan.state_bytes[rank], case
     held = [0] * plan.ranks
     dist.all_gather_object(held, engine.optimizer.state_bytes() + never)
@@ -78,18 +80,18 @@ def check_collectives(engine: Engine, calls: list[dict[str, int]], case: str) ->
             assert made == plan.collectives_per_step(observes=True), (case, step, made)
 
 
-def main(names: list[str]) -> None:
+def main(method: str, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     engines = every_engine()
     for name in names:
-        compare(engines[name], rank, ranks)
+        compare(engines[name], method, rank, ranks)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,69 @@
+"""SOAP's preconditioner of one block (Vyas et al. 2024, arXiv 2409.11321): Adam in a basis of eigenvectors.
+
+``D = Q [ (Q^T M Q) / (sqrt(E / c2) + eps) ] Q^T`` with ``E <- b2 E + (1 - b2) (Q^T G Q)^2``, ``G`` the gradient, ``M``
+its running mean and ``Q`` the eigenvectors of Shampoo's statistics. ``M`` is kept unrotated and so needs nothing when
+``Q`` changes; ``E`` is kept as it is, as in the authors' code. Before the first basis ``Q`` is the identity: AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics, multiply
+from lightning_soo.refresh.jobs import Job
+
+if TYPE_CHECKING:
+    from lightning_soo.optim.options import ShampooOptions
+
+
+@dataclass
+class EigenbasisBlock(KroneckerBlock):
+    """Everything known about one block on this rank; ``roots`` are its eigenbases, one ``(n, n)`` per dimension.
+
+    Attributes:
+        second_moment: ``E``, of the block's shape, where the block is applied.
+        second_moment_weight: sum of the weights in it, ``1 - b2^t``.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    symmetric: ClassVar[bool] = False
+    ready: bool = True  # the identity is a basis
+    second_moment: Tensor | None = None
+    second_moment_weight: float = 0.0
+
+    def job(self, statistics: KroneckerStatistics, options: ShampooOptions) -> Job:
+        # rounding of the statistics moves eigenvalues by about this much, relative to the largest
+        tolerance = max(self.block.orders) * torch.finfo(self.statistics_dtype).eps
+        return Job(
+            function="lightning_soo.linalg.eigenbases:eigenbases",
+            arrays=(),
+            options={"tolerance": tolerance},
+            result_bytes=sum(8 * matrix.numel() for matrix in statistics.matrices),
+        )
+
+    def precondition(
+        self, filtered: Tensor, gradient: Tensor | None = None, group: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Return the direction of a running mean and advance the second moment by ``gradient``."""
+        assert gradient is not None and group is not None
+        beta2 = float(group["betas"][1])
+        projected = self._rotate(gradient, forward=True).to(self.statistics_dtype)
+        if self.second_moment is None:
+            self.second_moment = torch.zeros_like(projected, memory_format=torch.contiguous_format)
+        self.second_moment.mul_(beta2).addcmul_(projected, projected, value=1.0 - beta2)
+        self.second_moment_weight = self.second_moment_weight * beta2 + 1.0 - beta2
+        direction = self._rotate(filtered, forward=True).to(self.statistics_dtype)
+        direction = direction / (self.second_moment / self.second_moment_weight).sqrt_().add_(float(group["eps"]))
+        return self._rotate(direction, forward=False)
+
+    def _rotate(self, tensor: Tensor, *, forward: bool) -> Tensor:
+        """Into the basis, ``Q^T X Q``, or out of it; as it is where there is none yet."""
+        if self.roots is None:
+            return tensor
+        bases = [basis.T if forward else basis for basis in self.roots]
+        return multiply(tensor.to(self.compute_dtype), self.block.dims, bases)
