@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 GLOBAL_BATCH = 24
 LENGTH = 64
-SHAMPOO = {"precondition_frequency": 10, "start_preconditioning_step": 8, "max_preconditioner_dim": 128}
+OPTIONS = {"precondition_frequency": 10, "start_preconditioning_step": 8, "max_preconditioner_dim": 128}
 
 
 class Data(L.LightningDataModule):
@@ -52,6 +52,7 @@ def main() -> None:
         "--strategy", default="auto", help="auto, soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed, or Lightning's"
     )
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--method", default="shampoo", choices=["shampoo", "soap"])
     parser.add_argument("--stage", type=int, default=2, choices=[1, 2, 3], help="of ZeRO, with soo_deepspeed")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--clip", type=float, default=1.0)
@@ -61,7 +62,7 @@ def main() -> None:
 
     strategy = arguments.strategy
     if strategy == "soo_deepspeed":
-        strategy = lightning_soo.strategies.SecondOrderDeepSpeedStrategy(stage=arguments.stage, options=SHAMPOO)
+        strategy = lightning_soo.strategies.SecondOrderDeepSpeedStrategy(stage=arguments.stage)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.devices))
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
@@ -71,7 +72,7 @@ def main() -> None:
         max_epochs=1,
         gradient_clip_val=arguments.clip,
         use_distributed_sampler=False,
-        callbacks=[SecondOrder("shampoo", **SHAMPOO), PreconditionerMonitor()],
+        callbacks=[SecondOrder(arguments.method, **OPTIONS), PreconditionerMonitor()],
         logger=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
@@ -79,7 +80,9 @@ def main() -> None:
     trainer.fit(SmallGPT(length=LENGTH), datamodule=Data(arguments.steps))
     loss = float(trainer.callback_metrics["validation_loss"])
     if trainer.is_global_zero:
-        print(f"{arguments.strategy} on {arguments.devices}: validation loss {loss:.4f} after {arguments.steps} steps")
+        print(
+            f"{arguments.method}, {arguments.strategy} on {arguments.devices}: validation loss {loss:.4f} after {arguments.steps} steps"
+        )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

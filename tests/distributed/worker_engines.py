@@ -24,7 +24,7 @@ def expected(kind: type[Engine], method: str, clip: float | None, delay: int) ->
 
 
 def compare(kind: type[Engine], method: str, rank: int, ranks: int) -> None:
-    for accumulation, clip, delay in CASES:
+    for accumulation, clip, delay in CASES if method == "shampoo" else CASES[::3]:
         case = f"{method} {kind.name}, {ranks} ranks, accumulation {accumulation}, clip {clip}, delay {delay}"
         engine = kind({"method": method, "refresh_delay": delay}, accumulation=accumulation, clip=clip)
         calls: list[dict[str, int]] = []
