@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+
 from lightning_soo.callbacks.second_order import second_order_optimizers
 
 

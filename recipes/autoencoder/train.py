@@ -15,9 +15,10 @@ from typing import Any
 import lightning as L
 import torch
 from data import mnist_5k
-from lightning_soo.callbacks import SecondOrder
 from model import Autoencoder
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_soo.callbacks import SecondOrder
 
 GLOBAL_BATCH = 250
 # Short runs move fast, so roots are used at the step they were computed; bfloat16 products are four times faster here.

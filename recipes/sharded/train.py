@@ -14,11 +14,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported
 
 import lightning as L
-import lightning_soo.strategies  # registers soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from model import SmallGPT
 from text import Windows
 from torch.utils.data import DataLoader, DistributedSampler
+
+import lightning_soo.strategies  # registers soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 GLOBAL_BATCH = 24
 LENGTH = 64
@@ -80,9 +81,8 @@ def main() -> None:
     trainer.fit(SmallGPT(length=LENGTH), datamodule=Data(arguments.steps))
     loss = float(trainer.callback_metrics["validation_loss"])
     if trainer.is_global_zero:
-        print(
-            f"{arguments.method}, {arguments.strategy} on {arguments.devices}: validation loss {loss:.4f} after {arguments.steps} steps"
-        )
+        name = f"{arguments.method}, {arguments.strategy} on {arguments.devices}"
+        print(f"{name}: validation loss {loss:.4f} after {arguments.steps} steps")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

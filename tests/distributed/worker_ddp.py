@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launching import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,8 +88,7 @@ def main(out: Path) -> None:
             raise AssertionError("a configuration that differs was accepted")
     optimizer.close()
     resumed.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engines import Engine, Fsdp1Flat, Fsdp2, deviation, make_optimizer
+from launching import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -229,7 +230,7 @@ def main() -> None:
         dist.barrier()
         if rank == 0:
             print(case.__name__, flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

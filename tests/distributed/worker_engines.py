@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from engines import Engine, deviation, every_engine, reference
+from launching import leave
 
 # accumulation, clipping, refresh delay
 CASES = ((1, None, 2), (2, None, 0), (1, 0.05, 0), (2, 0.05, 2))
@@ -88,8 +89,7 @@ def main(method: str, names: list[str]) -> None:
     engines = every_engine()
     for name in names:
         compare(engines[name], method, rank, ranks)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launching import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,8 +82,7 @@ def main(out: Path) -> None:
         (out / f"error{rank}.txt").write_text(str(error))
     else:
         raise AssertionError("a block that always fails raised nothing")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from lightning_soo.callbacks import SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import Shampoo
+from lightning_soo.callbacks import SecondOrder
 from lightning_soo.refresh import workers
 
 

@@ -10,11 +10,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import Shampoo
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 OPTIONS: dict[str, Any] = {"precondition_frequency": 4, "start_preconditioning_step": 2, "refresh_delay": 2}
 

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Learn
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import Shampoo
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 OPTIONS: dict[str, Any] = {"precondition_frequency": 4, "start_preconditioning_step": 2, "refresh_delay": 2}
 LR = 0.02

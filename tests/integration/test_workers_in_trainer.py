@@ -13,9 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 WORKERS = {"kind": "process", "count": 2}
 

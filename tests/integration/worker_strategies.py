@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import sys
@@ -13,15 +12,16 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import worker_fabric
+from launching import leave
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_soo.callbacks import SecondOrder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_soo.callbacks import SecondOrder
 from lightning_soo.strategies import (
     SecondOrderDDPStrategy,
     SecondOrderDeepSpeedStrategy,
@@ -312,6 +312,4 @@ def second_order(out: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(sys.argv[1], Path(sys.argv[2]))
-    gc.collect()  # DDP's reducers refer to the group: left to the interpreter's end, its threads abort now and then
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

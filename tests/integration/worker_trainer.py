@@ -11,11 +11,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from launching import leave
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 RANKS, BATCH, EPOCHS = 2, 4, 2
 OPTIONS: dict[str, Any] = {
@@ -119,8 +121,7 @@ def main(out: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     if dist.get_rank() == 0:
         torch.save(whole.net.state_dict(), out / "whole.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def pairwise() -> bool:
