@@ -69,7 +69,14 @@ def expand_chains(values: Tensor, n: int, start: int, chain_length: int) -> Tens
     return values.view(-1, 1).expand(-1, chain_length).reshape(-1)[offset : offset + n]
 
 
-def factor(bands: Tensor, ridge: Tensor | float, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+def buffer_rows(bandwidth: int) -> int:
+    """Rows of the buffer of :func:`factor`, each of the run's length."""
+    return 2 * bandwidth + 7
+
+
+def factor(
+    bands: Tensor, ridge: Tensor | float, gamma: float = 0.0, *, buffer: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Factor the banded LogDet solution of ``S + ridge I`` in the dtype of ``bands``.
 
     Stable edge removal: where ``1/D_j <= gamma S[j, j]`` the chain is cut between ``j`` and ``j + 1`` (the upward edges
@@ -80,107 +87,138 @@ def factor(bands: Tensor, ridge: Tensor | float, gamma: float = 0.0) -> tuple[Te
         bands: ``(b + 1, n)``, zero where a coupling leaves its chain.
         ridge: added to the diagonal, in the units of ``bands``: a number, 0-dim or ``(n,)``.
         gamma: relative threshold of the edge removal, of the diagonal with its ridge.
+        buffer: ``(buffer_rows(b), n)``, overwritten; the results are views of it. On a CPU a fresh array costs ten
+            times what is computed in it, so callers that work in pieces bring one.
 
     Returns:
-        ``lower`` of shape ``(b, n)`` with ``lower[k - 1, j] = L[j + k, j]``, and ``1/D`` of shape ``(n,)``: positive,
-        at least the smallest normal number even where statistics and ridge are zero.
+        ``lower`` of shape ``(b, n)`` with ``lower[k - 1, j] = L[j + k, j]``, and ``1/D`` of shape ``(n,)``: always
+        positive, even where statistics and ridge are zero.
     """
+    bandwidth, n = bands.shape[0] - 1, bands.shape[1]
+    if buffer is None:
+        buffer = bands.new_empty(buffer_rows(bandwidth), n)
+    lower, inverse_diagonal, diagonal = buffer[:bandwidth], buffer[bandwidth], buffer[bandwidth + 1]
+    workspace = buffer[bandwidth + 2 :]
     # a ridge that is never quite zero costs nothing, and makes a chain that never saw a gradient regular
-    floor = torch.finfo(bands.dtype).tiny
-    if isinstance(ridge, Tensor):
-        diagonal = bands[0] + ridge.to(bands.dtype).clamp_min(floor)
-    else:
-        diagonal = bands[0] + max(float(ridge), floor)
-    bandwidth = min(bands.shape[0], bands.shape[1]) - 1
-    if bandwidth < 1:
-        return bands.new_zeros(bands.shape[0] - 1, bands.shape[1]), diagonal
-    if bands.shape[0] == 2:
-        return _factor_tridiagonal(diagonal, bands[1], gamma)
-    lower, inverse_diagonal = _eliminate(diagonal, bands, bandwidth)
-    keep = inverse_diagonal > gamma * diagonal
+    tiny = torch.finfo(bands.dtype).tiny
+    ridge = ridge.to(bands.dtype).clamp_min(tiny) if isinstance(ridge, Tensor) else max(float(ridge), tiny)
+    torch.add(bands[0], ridge, out=diagonal)
+    if min(bandwidth, n - 1) < 1:
+        return lower.zero_(), diagonal
+    if bandwidth == 1:
+        _solve_tridiagonal(diagonal, bands[1], gamma, lower[0], inverse_diagonal, workspace)
+        return lower, inverse_diagonal
+    _eliminate(diagonal, bands, lower, inverse_diagonal, workspace)
+    threshold = torch.mul(diagonal, gamma, out=workspace[0])
+    keep = torch.gt(inverse_diagonal, threshold, out=workspace[1])
     # the host may look before it solves again; on a device, and for a compiler, looking costs more than solving
     look = bands.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not look or not bool(keep.all()):
-        lower, inverse_diagonal = _eliminate(diagonal, cut_chains(bands, keep), bandwidth)
-        inverse_diagonal = torch.where(inverse_diagonal > gamma * diagonal, inverse_diagonal, diagonal)
+    if not look or not bool(keep.amin() > 0):
+        _eliminate(diagonal, cut_chains(bands, keep), lower, inverse_diagonal, workspace)
     return lower, inverse_diagonal
 
 
-def _factor_tridiagonal(diagonal: Tensor, coupling: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Closed form for ``b = 1``: ``L[j+1, j] = -e_j / d_{j+1}``, ``1/D_j = d_j - e_j^2 / d_{j+1}``."""
-    lower = torch.zeros_like(diagonal)
-    lower[:-1] = coupling[:-1] / diagonal[1:]
-    residual = diagonal - lower * coupling
-    keep = residual > gamma * diagonal
-    return torch.where(keep, -lower, 0.0).unsqueeze(0), torch.where(keep, residual, diagonal)
+def _solve_tridiagonal(
+    diagonal: Tensor, coupling: Tensor, gamma: float, lower: Tensor, inverse_diagonal: Tensor, workspace: Tensor
+) -> None:
+    """Closed form for ``b = 1``: ``L[j+1, j] = -e_j / d_{j+1}``, ``1/D_j = d_j - e_j^2 / d_{j+1}``.
+
+    The gate is a 0 or 1 in floating point: a boolean array and ``where`` take ten times as long on a CPU.
+    """
+    gate = workspace[0]
+    torch.div(coupling[:-1], diagonal[1:], out=lower[:-1])
+    lower[-1:].zero_()
+    torch.addcmul(diagonal, lower, coupling, value=-1, out=inverse_diagonal)
+    torch.mul(diagonal, gamma, out=gate)
+    torch.gt(inverse_diagonal, gate, out=gate)
+    lower.mul_(gate)
+    torch.addcmul(diagonal, lower, coupling, value=-1, out=inverse_diagonal)
+    lower.neg_()
 
 
 def cut_chains(bands: Tensor, keep: Tensor) -> Tensor:
-    """Copy of ``bands``, ``(b + 1, n)``, cut between ``j`` and ``j + 1`` wherever ``keep[j]``, ``(n,)``, is false."""
+    """Copy of ``bands``, ``(b + 1, n)``, cut between ``j`` and ``j + 1`` wherever ``keep[j]``, ``(n,)``, is zero."""
     remaining = bands.clone()
-    connected = keep
-    for distance in range(1, bands.shape[0]):
+    connected = keep = keep.to(bands.dtype)
+    for distance in range(1, min(bands.shape[0], bands.shape[1])):
         if distance > 1:
             # j .. j + distance stay connected if j .. j + distance - 1 do and j + distance - 1 is not cut off
-            connected = connected[:-1] & keep[distance - 1 :]
+            connected = connected[:-1] * keep[distance - 1 :]
         remaining[distance, : connected.shape[0]].mul_(connected)
     return remaining
 
 
-def _eliminate(diagonal: Tensor, bands: Tensor, bandwidth: int) -> tuple[Tensor, Tensor]:
+def _eliminate(diagonal: Tensor, bands: Tensor, lower: Tensor, inverse_diagonal: Tensor, workspace: Tensor) -> None:
     """Solve all windows at once by recursion over the window's length: ``O(b^2)`` operations per element.
 
-    ``upward[i - 1]`` are the coefficients that predict ``j`` from ``j + i``, ``i = 1..m``, with residual variance
-    ``up``; ``downward[i - 1]`` predict the far end ``j + m`` from ``j + m - i`` with residual variance ``down``. The
-    partial covariance of both ends given what is between extends both by one element. At ``m = b``,
-    ``L[j + i, j] = -upward[i - 1, j]`` and ``1/D = up``: the elimination of S[I_j, I_j] with the work of neighbouring
-    windows shared.
+    ``upward[i - 1, j]`` are the coefficients that predict ``j`` from ``j + i``, ``i = 1..m``, with residual variance
+    ``up[j]``; ``downward[i - 1, j + m]`` predict the far end ``j + m`` from ``j + m - i`` with residual variance
+    ``down[j + m]``. The partial covariance of both ends given what is between extends both by one element, in place.
+    At ``m = b``, ``L[j + i, j] = -upward[i - 1, j]`` and ``1/D = up``: the elimination of S[I_j, I_j] with the work of
+    neighbouring windows shared.
 
-    A prediction from an element whose residual is rounding noise is left out. Its window is singular to working
-    precision, so it holds a vertex that edge removal cuts off before it is solved again.
+    Residuals are held above rounding noise: a window with a smaller one is singular to working precision, so it holds
+    a vertex that edge removal cuts off before it is solved again.
     """
-    n = diagonal.shape[0]
-    noise = torch.finfo(bands.dtype).eps * diagonal
-    lower = bands.new_zeros(bands.shape[0] - 1, n)
-    up, down = diagonal.clone(), diagonal
-    upward: list[Tensor] = []
-    downward: list[Tensor] = []
-    for length in range(1, bandwidth + 1):
+    bandwidth, n = lower.shape[0], diagonal.shape[0]
+    upward, up = lower.zero_(), inverse_diagonal.copy_(diagonal)
+    noise, down, partial, factors, spare = workspace[:5]
+    downward = workspace[5:]
+    torch.mul(diagonal, torch.finfo(diagonal.dtype).eps, out=noise)
+    down.copy_(diagonal)
+    for length in range(1, min(bandwidth, n - 1) + 1):
         size = n - length
-        partial = bands[length, :size].clone()
+        covariance, new, temporary = partial[:size], factors[:size], spare[:size]
+        covariance.copy_(bands[length, :size])
         for between in range(1, length):
-            partial.addcmul_(upward[between - 1][:size], bands[length - between, between : between + size], value=-1)
-        far, near = down[1 : size + 1], up[:size]
-        from_far = torch.where(far > noise[length:], partial / far, 0.0)
-        from_near = torch.where(near > noise[:size], partial / near, 0.0)
-        previous = [coefficients[1 : size + 1] for coefficients in downward]
-        if length < bandwidth:
-            downward = [
-                torch.addcmul(previous[i], from_near, upward[length - 2 - i][:size], value=-1)
-                for i in range(length - 1)
-            ]
-            downward.append(from_near)
-            down = torch.addcmul(far, from_near, partial, value=-1)
+            beyond = bands[length - between, between : between + size]
+            covariance.addcmul_(upward[between - 1, :size], beyond, value=-1)
+        torch.div(covariance, down[length:], out=upward[length - 1, :size])
+        last = length == bandwidth
+        if not last:
+            torch.div(covariance, up[:size], out=new)
+            downward[length - 1, length:].copy_(new)
         for i in range(length - 1):
-            upward[i][:size].addcmul_(from_far, previous[length - 2 - i], value=-1)
-        upward.append(lower[length - 1])
-        upward[-1][:size] = from_far
-        up[:size].addcmul_(from_far, partial, value=-1)
-    return lower.neg_(), up
+            near, far = upward[i, :size], downward[length - 2 - i, length:]
+            if last:
+                near.addcmul_(upward[length - 1, :size], far, value=-1)
+                continue
+            temporary.copy_(near)
+            near.addcmul_(upward[length - 1, :size], far, value=-1)
+            far.addcmul_(new, temporary, value=-1)
+        if not last:
+            down[length:].addcmul_(new, covariance, value=-1)
+            torch.maximum(down, noise, out=down)
+        up[:size].addcmul_(upward[length - 1, :size], covariance, value=-1)
+        torch.maximum(up, noise, out=up)
+    lower.neg_()
 
 
-def apply(lower: Tensor, inverse_diagonal: Tensor, vector: Tensor) -> Tensor:
+def apply(
+    lower: Tensor, inverse_diagonal: Tensor, vector: Tensor, *, out: Tensor | None = None, spare: Tensor | None = None
+) -> Tensor:
     """Return ``u = L D L^T vector`` by two stencil passes; shapes ``(b, n)``, ``(n,)``, ``(n,)``.
 
     ``u_j`` needs ``vector[j - b .. j + b]`` and the factors of ``j - b .. j``. Of a run cut out of a chain,
     the elements at least :func:`halo` from the cut ends are those of the uncut chain; the outer ones are not.
+
+    Args:
+        out, spare: ``(n,)``, overwritten: the result, and a workspace. Neither is another argument.
     """
     n = vector.shape[0]
-    inner = vector.clone()
-    for distance in range(1, min(lower.shape[0], n - 1) + 1):
+    inner = torch.empty_like(vector) if spare is None else spare
+    result = torch.empty_like(vector) if out is None else out
+    reach = min(lower.shape[0], n - 1)
+    if reach < 1:
+        return torch.div(vector, inverse_diagonal, out=result)
+    # the first neighbour's pass writes where the others add: no copy
+    torch.addcmul(vector[:-1], lower[0, :-1], vector[1:], out=inner[:-1])
+    inner[-1:].copy_(vector[-1:])
+    for distance in range(2, reach + 1):
         inner[: n - distance].addcmul_(lower[distance - 1, : n - distance], vector[distance:])
     inner.div_(inverse_diagonal)
-    result = inner.clone()
-    for distance in range(1, min(lower.shape[0], n - 1) + 1):
+    torch.addcmul(inner[1:], lower[0, :-1], inner[:-1], out=result[1:])
+    result[:1].copy_(inner[:1])
+    for distance in range(2, reach + 1):
         result[distance:].addcmul_(lower[distance - 1, : n - distance], inner[: n - distance])
     return result

@@ -20,8 +20,8 @@ from lightning_soo.linalg import banded
 # Outside this range squares of float32 gradients start to overflow or to vanish, and statistics are kept scaled.
 _SMALLEST, _LARGEST = 1e-10, 1e12
 # Elements treated at a time on a CPU: small enough for every intermediate of a chunk to stay in the second-level cache,
-# large enough for the call of an operation not to count.
-CHUNK = 1 << 14
+# large enough for the calls (1 us each, and as much for a slice) not to count.
+CHUNK = 1 << 16
 _INT64 = 1 << 63
 
 
@@ -159,14 +159,19 @@ def direction(
     Returns:
         ``(n,)`` in ``out``'s dtype; without ``out``, float64 for float64 bands, else float32.
     """
-    n, dtype = vector.shape[0], torch.float64 if bands.dtype == torch.float64 else torch.float32
-    left, right = banded.halo(bands.shape[0] - 1)
+    n, bandwidth = vector.shape[0], bands.shape[0] - 1
+    dtype = torch.float64 if bands.dtype == torch.float64 else torch.float32
+    left, right = banded.halo(bandwidth)
     result = torch.empty(n, dtype=dtype, device=vector.device) if out is None else out
+    longest = max((last - first for first, last in chunks(n, vector.device)), default=0) + left + right
+    rows = banded.buffer_rows(bandwidth)
+    buffer = torch.empty(rows + 2, min(longest, n), dtype=dtype, device=vector.device)
     for first, last in chunks(n, vector.device):
         begin, end = max(first - left, 0), min(last + right, n)
+        work = buffer[:, : end - begin]
         part = ridge[begin:end] if isinstance(ridge, Tensor) and ridge.ndim else ridge
-        lower, inverse_diagonal = banded.factor(bands[:, begin:end].to(dtype), part, gamma)
-        piece = banded.apply(lower, inverse_diagonal, vector[begin:end].to(dtype))
+        factors = banded.factor(bands[:, begin:end].to(dtype), part, gamma, buffer=work[:rows])
+        piece = banded.apply(*factors, vector[begin:end].to(dtype), out=work[rows], spare=work[rows + 1])
         result[first:last] = piece[first - begin : last - begin]
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_soo.linalg import banded
 from lightning_soo.preconditioners.banded import BandedStatistics, direction, round_stochastically
+from lightning_soo.preconditioners.tridiagonal import tridiagonal_step
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "sonew.npz")
 SOLUTIONS = [key[2:] for key in GOLDEN.files if key.startswith("S_")]
@@ -286,3 +288,50 @@ def test_stochastic_rounding() -> None:
     assert torch.equal(round_stochastically(-value, 0, 5), -rounded)
     exact = torch.tensor([0.0, 1.0, -2.5])
     assert torch.equal(round_stochastically(exact, 0, 1).float(), exact)
+
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+@pytest.mark.parametrize("chain_length", [1, 7, 64, 100_000])
+def test_one_sweep_gives_what_the_parts_give(chain_length: int, compiled: bool) -> None:
+    """The tridiagonal step in small chunks, owned in part, against statistics, momentum and direction on their own."""
+    n, start, owned = 1000, 5, (1, 997)
+    generator = torch.Generator().manual_seed(2)
+    parts = BandedStatistics.zeros(n, 1, start=start, chain_length=chain_length, dtype=torch.float64)
+    sweep = BandedStatistics.zeros(n, 1, start=start, chain_length=chain_length, dtype=torch.float64)
+    momentum, filtered, out = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+    for step, factor in enumerate((1.0, 1.0, 1e-20, 1.0, 1.0), start=1):
+        noise = torch.randn(n, generator=generator, dtype=torch.float64)
+        gradient, magnitude = (noise + 0.8 * noise.roll(1)) * factor, 5.0 * factor
+        correction = 1 - 0.9**step
+        parts.observe(gradient, decay=0.9, weight=0.1, magnitude=magnitude)
+        momentum.lerp_(gradient, 0.1)
+        ridge = parts.ridge(1e-6, correction=correction)
+        expected = direction(parts.bands, momentum, ridge=ridge, gamma=0.3)
+        norms = tridiagonal_step(
+            sweep, gradient, filtered, beta1=0.9, decay=0.9, weight=0.1, magnitude=magnitude, correction=correction,
+            eps=1e-8, ridge=ridge if step != 4 else torch.full((n,), float(ridge), dtype=torch.float64), gamma=0.3,
+            out=out, owned=owned, chunk=64, compiled=compiled,
+        )  # fmt: skip
+        torch.testing.assert_close(sweep.bands, parts.bands, rtol=1e-12, atol=0)
+        torch.testing.assert_close(filtered, momentum, rtol=1e-12, atol=1e-30)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+        graft = momentum / ((parts.bands[0] / correction).sqrt() / parts.scale + 1e-8)
+        for value, array in zip(norms, (expected, graft), strict=True):
+            torch.testing.assert_close(value, array[slice(*owned)].square().sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 66, 129])
+def test_one_sweep_of_few_elements(n: int) -> None:
+    parts, sweep = (BandedStatistics.zeros(n, 1, chain_length=n, dtype=torch.float64) for _ in range(2))
+    gradient = torch.linspace(-1, 2, n, dtype=torch.float64)
+    momentum, out = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    parts.observe(gradient, decay=0.9, weight=0.1, magnitude=2.0)
+    tridiagonal_step(
+        sweep, gradient, momentum, beta1=0.9, decay=0.9, weight=0.1, magnitude=2.0, correction=0.1, eps=1e-8,
+        ridge=1e-3, gamma=0.0, out=out, chunk=64,
+    )  # fmt: skip
+    torch.testing.assert_close(sweep.bands, parts.bands)
+    torch.testing.assert_close(out, direction(parts.bands, gradient * 0.1, ridge=1e-3, gamma=0.0))
