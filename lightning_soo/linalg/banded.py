@@ -61,12 +61,18 @@ def chain_peaks(bands: Tensor, start: int, chain_length: int) -> Tensor:
     return torch.cat(pieces) if pieces else diagonal.new_zeros(0)
 
 
-def expand_chains(values: Tensor, n: int, start: int, chain_length: int) -> Tensor:
+def expand_chains(values: Tensor, n: int, start: int, chain_length: int, *, out: Tensor | None = None) -> Tensor:
     """One value per chain, ``(chains,)`` as :func:`chain_peaks` returns them, repeated for each element: ``(n,)``."""
-    if values.numel() == 1:
+    if values.numel() == 1 and out is None:
         return values.expand(n)
-    offset = start % chain_length
-    return values.view(-1, 1).expand(-1, chain_length).reshape(-1)[offset : offset + n]
+    result = values.new_empty(n) if out is None else out
+    head = min((-start) % chain_length, n)
+    whole = (n - head) // chain_length
+    first, middle = (1 if head else 0), head + whole * chain_length
+    result[:head] = values[:first]
+    result[head:middle].view(whole, chain_length).copy_(values[first : first + whole, None])
+    result[middle:] = values[first + whole :]
+    return result
 
 
 def buffer_rows(bandwidth: int) -> int:

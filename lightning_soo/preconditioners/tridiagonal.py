@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -60,8 +61,9 @@ def tridiagonal_step(
         gamma: relative threshold of the edge removal.
         out: ``(n,)``, receives the direction.
         owned: ``[first, last)`` of the elements whose norms are summed; all by default.
-        compiled: use ``torch.compile`` on all chunks but the first and the last (static shapes: one compilation each
-            for the statistics and the direction, whatever ``n``), where the ridge is one number.
+        chunk: elements treated at a time.
+        compiled: use ``torch.compile`` on all chunks but those at the ends (static shapes: one compilation each
+            for the statistics and the direction, whatever ``n``).
 
     Returns:
         Sums of squares over the owned elements, float64: of ``out``, and of ``momentum / (sqrt(second) + eps)`` with
@@ -71,25 +73,31 @@ def tridiagonal_step(
     statistics.observations += 1
     n, bands, scale = gradient.shape[0], statistics.bands, statistics.scale
     begin, end = owned if owned is not None else (0, n)
+    zero = torch.zeros((), dtype=torch.float64, device=bands.device)
+    if n == 0:
+        return zero, zero
     # sqrt(d / correction) / scale + eps = (sqrt(d) + unit eps) / unit
     unit = scale * correction**0.5
     tiny = torch.finfo(bands.dtype).tiny
     ridge = ridge.to(bands.dtype).clamp_min(tiny) if isinstance(ridge, Tensor) else max(float(ridge), tiny)
     options = [1.0 - beta1, decay, weight, scale, unit * eps]
     numbers: Tensor | None = None
-    if compiled and not (isinstance(ridge, Tensor) and ridge.ndim) and chunk >= 4:
+    if compiled and chunk >= 4:
         # numbers that change with the step travel as a tensor, or each step would compile anew
-        numbers = torch.tensor([*options, float(ridge), gamma], dtype=bands.dtype, device=bands.device)
+        numbers = torch.tensor([*options, gamma], dtype=bands.dtype, device=bands.device)
+        ridge = torch.as_tensor(ridge, dtype=bands.dtype, device=bands.device)
     buffer = torch.empty(_ROWS, min(chunk, n) + 2, dtype=bands.dtype, device=bands.device)
     moved: list[Tensor] = []
     grafted: list[Tensor] = []
-    for first in range(0, n, chunk):
-        last = min(first + chunk, n)
+    # what lacks a neighbour or an owner at the left is short, so that the compiled chunks are as many as can be
+    lead = min(max(begin, 1) + 1 if numbers is not None else chunk, chunk, n)
+    for first, last in pairwise([0, *range(lead, n, chunk), n]):
         back, lag, edge = max(first - 2, 0), max(first - 1, 0), last if last == n else last - 1
         inside = max(begin, 1) < first and last < min(end, n)
         offset = (statistics.chain_length - 1 - statistics.start - first) % statistics.chain_length
         ends = bands[1, first + offset : last : statistics.chain_length] if offset < last - first else None
         size, products = last - first, min(last, n - 1) - first
+        part = ridge[back:last] if isinstance(ridge, Tensor) and ridge.ndim else ridge
         values, following = gradient[first:last], gradient[first + 1 : first + 1 + products]
         second, coupling, filtered = bands[0, first:last], bands[1, first : first + products], momentum[first:last]
         if numbers is not None and inside and size == chunk:
@@ -97,8 +105,9 @@ def tridiagonal_step(
             grafted.append(observe(values, following, filtered, second, coupling, numbers))
             if ends is not None:
                 ends.zero_()
-            diagonals = bands[0, back:last]
-            moved.append(direct(momentum[back:last], diagonals, bands[1, back : last - 1], out[lag:edge], numbers))
+            added = torch.as_tensor(part).expand(last - back)
+            neighbours = momentum[back:last], bands[0, back:last], bands[1, back : last - 1]
+            moved.append(direct(*neighbours, added, out[lag:edge], numbers))
             continue
         _observe_in_place(values, following, filtered, second, coupling, options, buffer)
         if ends is not None:
@@ -108,13 +117,11 @@ def tridiagonal_step(
             root = torch.sqrt(bands[0, lower:upper], out=buffer[0, : upper - lower]).add_(unit * eps)
             torch.div(momentum[lower:upper], root, out=root)
             grafted.append(torch.dot(root, root))
-        part = ridge[back:last] if isinstance(ridge, Tensor) and ridge.ndim else ridge
         work = buffer[:, : last - back]
         _direct_in_place(work, bands[:, back:last], momentum[back:last], part, gamma, lag - back, out[lag:edge])
         lower, upper = max(lag, begin), min(edge, end)
         if lower < upper:
             moved.append(torch.dot(out[lower:upper], out[lower:upper]))
-    zero = torch.zeros((), dtype=torch.float64, device=bands.device)
     graft = torch.stack(grafted).sum(dtype=torch.float64) * unit**2 if grafted else zero
     total = torch.stack(moved).sum(dtype=torch.float64) if moved else zero
     if not 1e-30 < float(total) < 1e37:  # extreme gradients: the graft is of the order of one, but not the direction
@@ -184,7 +191,7 @@ def _observe(
     return graft
 
 
-def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, out: Tensor, numbers: Tensor) -> Tensor:
+def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, ridge: Tensor, out: Tensor, numbers: Tensor) -> Tensor:
     """For the compiler: one loop, in which each element's factor is computed twice, not stored.
 
     Comparisons stay inside it: a boolean array between two loops made them 18 times slower.
@@ -192,12 +199,12 @@ def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, out: Tensor, num
 
     def half(index: int) -> tuple[Tensor, Tensor]:
         stop = -1 if index == 0 else None
-        here = diagonal[index : -2 + index] + numbers[5]
-        there = diagonal[index + 1 : stop] + numbers[5]
+        here = diagonal[index : -2 + index] + ridge[index : -2 + index]
+        there = diagonal[index + 1 : stop] + ridge[index + 1 : stop]
         edge = coupling[index:stop]
         psi = edge / there
         residual = here - psi * edge
-        keep = residual > numbers[6] * here
+        keep = residual > numbers[5] * here
         psi = torch.where(keep, psi, 0.0)
         return psi, (vector[index : -2 + index] - psi * vector[index + 1 : stop]) / torch.where(keep, residual, here)
 

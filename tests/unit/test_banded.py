@@ -323,7 +323,7 @@ def test_one_sweep_gives_what_the_parts_give(chain_length: int, compiled: bool) 
             torch.testing.assert_close(value, array[slice(*owned)].square().sum(), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 66, 129])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 64, 65, 66, 129])
 def test_one_sweep_of_few_elements(n: int) -> None:
     parts, sweep = (BandedStatistics.zeros(n, 1, chain_length=n, dtype=torch.float64) for _ in range(2))
     gradient = torch.linspace(-1, 2, n, dtype=torch.float64)
