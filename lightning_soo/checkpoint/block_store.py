@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,8 @@ class BlockStore:
                 row["outcome"] = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
             flights.append(row)
         counters = {member.name: float(member.counter) for member in self._members if member.counter is not None}
-        return {"blocks": blocks, "in_flight": flights, "counters": counters}
+        runs = {member.name: asdict(member.run) for member in self._members if member.run is not None}
+        return {"blocks": blocks, "in_flight": flights, "counters": counters, "runs": runs}
 
     def consolidate(self, transport: Transport, to: int | None, step: int) -> None:
         """Gather statistics and results in flight from their refreshers; see ``SecondOrderOptimizer.consolidate``."""
@@ -121,7 +122,7 @@ class BlockStore:
         if self._loaded is not None:
             return {
                 key: self._loaded[key]
-                for key in ("format", "complete", "blocks", "in_flight", "counters")
+                for key in ("format", "complete", "blocks", "in_flight", "counters", "runs")
                 if key in self._loaded
             }
         if self._consolidated is not None and self._consolidated[0] == step:
@@ -187,6 +188,8 @@ class BlockStore:
             if block.statistics is not None and "statistics" in entry:
                 block.statistics.load_state_dict(entry["statistics"])
         for member in self._members:
+            if member.run is not None and member.name in saved.get("runs", {}):
+                member.run = type(member.run)(**saved["runs"][member.name])
             count = saved.get("counters", {}).get(member.name)
             if member.counter is not None and count is not None:
                 member.counter.fill_(count)

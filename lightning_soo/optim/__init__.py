@@ -2,5 +2,6 @@
 
 from lightning_soo.optim.shampoo import Shampoo
 from lightning_soo.optim.soap import SOAP
+from lightning_soo.optim.sonew import SONew
 
-__all__ = ["SOAP", "Shampoo"]
+__all__ = ["SOAP", "SONew", "Shampoo"]

@@ -27,7 +27,7 @@ class Assembly:
         self._buckets = plan.buckets
         self._units = plan.units
         self._members = members
-        self._transport = transport
+        self.transport = transport
         self._returning: tuple[Bucket, Arriving] | None = None
         self._layouts: dict[tuple[int, bool], list[tuple[Traveller, Box, int]]] = {}
 
@@ -62,7 +62,7 @@ class Assembly:
             target: a member's local elements to write to, contiguous.
         """
         self.finish(target)
-        place = self._transport.rank
+        place = self.transport.rank
         flat = torch.zeros(sum(bucket.received(place)), dtype=bucket.dtype, device=self._device(bucket))
         for traveller, box, start in self._layout(bucket, home=place):
             result = results.get(traveller.key)
@@ -70,7 +70,7 @@ class Assembly:
                 piece = result[slices(within(box, self._box(traveller)))]
                 flat[start : start + volume(box)].view(piece.shape).copy_(piece)
         sent, received = bucket.received(place), bucket.sent(place)
-        self._returning = bucket, self._transport.start_exchange(flat, sent, received)
+        self._returning = bucket, self.transport.start_exchange(flat, sent, received)
 
     def finish(self, target: Callable[[Member], Tensor]) -> None:
         """Wait for what was given back last."""
@@ -79,14 +79,14 @@ class Assembly:
         bucket, arriving = self._returning
         self._returning = None
         flat = arriving.wait()
-        for traveller, box, start in self._layout(bucket, sender=self._transport.rank):
+        for traveller, box, start in self._layout(bucket, sender=self.transport.rank):
             member = self._members[traveller.parameter]
             if member.magnitude > 0 and member.is_ready:
                 view = member.view(target(member), box)
                 view.copy_(flat[start : start + volume(box)].view(view.shape))
 
     def _send(self, bucket: Bucket, source: Source) -> Arriving:
-        place = self._transport.rank
+        place = self.transport.rank
         sent = bucket.sent(place)
         flat = torch.zeros(sum(sent), dtype=bucket.dtype, device=self._device(bucket))
         for traveller, box, start in self._layout(bucket, sender=place):
@@ -95,12 +95,12 @@ class Assembly:
             if local is not None:
                 view = member.view(local, box)
                 flat[start : start + volume(box)].view(view.shape).copy_(view)
-        return self._transport.start_exchange(flat, sent, bucket.received(place))
+        return self.transport.start_exchange(flat, sent, bucket.received(place))
 
     def _assemble(self, bucket: Bucket, arriving: Arriving) -> dict[str, Tensor]:
         flat = arriving.wait()
         found: dict[str, Tensor] = {}
-        for traveller, box, start in self._layout(bucket, home=self._transport.rank):
+        for traveller, box, start in self._layout(bucket, home=self.transport.rank):
             if traveller.key not in found:
                 found[traveller.key] = flat.new_empty(self._units[traveller.unit].block.shape)
             piece = found[traveller.key][slices(within(box, self._box(traveller)))]
@@ -118,7 +118,7 @@ class Assembly:
         if key in self._layouts:
             return self._layouts[key]
         found, start = [], 0
-        for other in range(self._transport.size):
+        for other in range(self.transport.size):
             for traveller in bucket.travellers:
                 if traveller.home != (other if home is None else home):
                     continue

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, PlannedParameter, Unit
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 
+if TYPE_CHECKING:
+    from lightning_soo.optim.runs import Run
+
 
 @dataclass(eq=False)
 class Member:
@@ -29,6 +32,7 @@ class Member:
         fragment: what this rank holds of it; may be nothing.
         blocks: all of its blocks, wherever they live.
         whole_blocks: those preconditioned here that lie completely in the fragment.
+        run: of a parameter with chains (SONew).
         graft: whose step size it has, or moves it alone; None where the direction has its own.
         counts: whether this rank adds its elements to sums over all ranks (each element is added once).
         counter: steps of the graft where several parameters share one optimizer tensor, whose state has room for one.
@@ -44,6 +48,7 @@ class Member:
     blocks: list[KroneckerBlock]
     whole_blocks: list[KroneckerBlock]
     graft: str | None
+    run: Run | None = None
     counts: bool = True
     counter: Tensor | None = None
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -141,7 +146,7 @@ def make_members(
                 )
         here = [rank in unit.homes and not unit.place.travels for unit in planned.units]
         group = groups[layout.groups[index]]
-        graft = options.grafting if planned.units else options.fallback
+        graft = options.grafting if planned.is_preconditioned else options.fallback
         if planned.spec.requires_grad:
             grafting.initialise(states[fragment.tensor], fragment.tensor, graft, group)
         member = Member(

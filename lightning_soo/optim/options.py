@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import MERGE_DIMS, BlockRules
+from lightning_soo.placement.chains import CHAINS
 from lightning_soo.placement.overrides import Override
 from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
 GRAFT_NORMS = ("parameter", "block")
@@ -51,6 +55,7 @@ class ShampooOptions:
     grafting: str | None = "adam"
     grafting_beta2: float | None = None
     grafting_norm: str = "parameter"
+    chain: str | None = None  # bands along chains in place of blocks (SONew)
     own_step_size: bool = False  # the direction has the step size of Adam by itself (SOAP)
     nonfinite: str = "skip"
     exchange_bucket_bytes: int = 2**25
@@ -67,7 +72,7 @@ class ShampooOptions:
         compute_dtype: torch.dtype | str | None,
         precondition_frequency: int | Interval | Mapping[str, Any],
         **options: Any,
-    ) -> ShampooOptions:
+    ) -> Self:
         """Build from what a user or a configuration file writes: plain values, dtypes by name."""
         return cls(
             overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
@@ -121,6 +126,23 @@ class ShampooOptions:
     def root_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
         """``compute_dtype``, else that of the statistics."""
         return self.compute_dtype or self.statistics_dtype(parameter_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SONewOptions(ShampooOptions):
+    """The meaning of each field stands in :class:`lightning_soo.SONew`."""
+
+    bandwidth: int = 1
+    gamma: float = 1e-6
+    band_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("bandwidth", self.bandwidth, minimum=0)
+        if self.chain not in CHAINS:
+            raise ValueError(f"chain={self.chain!r}{nearest(str(self.chain), CHAINS)}")
+        if not 0 <= self.gamma < 1:
+            raise ValueError(f"gamma={self.gamma}: must be in [0, 1)")
 
 
 def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -179,11 +179,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
             statistics_frequency=options.statistics_frequency,
             exchange_bucket_bytes=options.exchange_bucket_bytes,
             element_bytes=self._element_bytes,
+            chain=options.chain,
             exchanges=2 if self.block_class.needs_gradient else 1,
             previous=previous,
         )
         trainable = any(p.spec.requires_grad for p in plan.parameters)
-        if trainable and not plan.units:
+        if trainable and not any(p.is_preconditioned for p in plan.parameters):
             raise ValueError(
                 "nothing to precondition; a first-order optimizer would do the same:\n" + self.plan_table(plan)
             )
@@ -206,6 +207,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             previous=self._members,
             block_class=self.block_class,
         )
+        self._prepare_members(plan, layout, members)
         blocks = {block.block.key: block for member in members for block in member.blocks}
         background = self._make_background(plan, blocks) if self._refresher is None else self._refresher.background
         refresher = Refresher(
@@ -227,6 +229,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._assembly = Assembly(plan, members, in_copy)
         self._signature = self._current_signature()
         self._store.install(members, refresher)
+
+    def _prepare_members(self, plan: Plan, layout: Layout, members: list[Member]) -> None:
+        """For methods that keep more than blocks."""
 
     def _make_background(self, plan: Plan, blocks: Mapping[str, KroneckerBlock]) -> Background:
         options, transport = self.options, self._transport
@@ -274,6 +279,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         table = plan_table(plan, engine=engine, method=self.method, graft=self.options.fallback or "sgd")
         if plan.exchange_bytes:
             table += f"\n{self._without_traffic(plan)}"
+        if not plan.units:
+            return table
         if self._refresher is not None and plan is self._plan:
             _ = self._refresher.executor  # so that the reason is known
         return f"{table}\nroots: {self._executor_reason or self.options.workers.kind}"

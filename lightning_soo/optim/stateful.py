@@ -109,9 +109,19 @@ class StatefulOptimizer(PlannedOptimizer):
 
     def _load_torch(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._restore_bands(state_dict)
         self._all_groups = self.param_groups  # torch replaced the dictionaries
         for member in self._members:
             member.group = self.param_groups[member.group_number]
+
+    def _restore_bands(self, state_dict: dict[str, Any]) -> None:
+        """Torch casts what it loads to the parameter's dtype; statistics keep their own."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name.startswith("band_"):
+                    self.state[parameter][name] = value.to(device=parameter.device, copy=True)
 
     def _load_checked(self, saved: Mapping[str, Any]) -> None:
         self._awaits_blocks, self._has_loaded_blocks = False, True

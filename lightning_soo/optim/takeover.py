@@ -13,8 +13,9 @@ from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.shampoo import Shampoo
 from lightning_soo.optim.soap import SOAP
+from lightning_soo.optim.sonew import SONew
 
-METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo, "soap": SOAP}
+METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo, "soap": SOAP, "sonew": SONew}
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -60,8 +61,10 @@ def take_over(
             if group.get(name):
                 raise TypeError(f"cannot take over {kind.__name__} with {name}=True (parameter group {number})")
     sgd = kind is torch.optim.SGD
-    if sgd and METHODS[method] is SOAP:
-        raise TypeError("SOAP is Adam in another basis and cannot take over SGD: use AdamW, or method='shampoo'")
+    if sgd and METHODS[method] is not Shampoo:
+        raise TypeError(
+            f"{METHODS[method].__name__} has Adam's step size and cannot take over SGD: use AdamW, or Shampoo"
+        )
     first = optimizer.defaults
     settings: dict[str, Any] = {"lr": first["lr"], "weight_decay": first["weight_decay"]}
     if sgd:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_soo.placement.blocks import Block, BlockRules, partition
+from lightning_soo.placement.chains import chain_length
 from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets, travel_parts
 from lightning_soo.placement.homes import Place, place_blocks
 from lightning_soo.placement.layout import FragmentTable
@@ -46,11 +47,16 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedParameter:
-    """One row of the plan; ``reason`` says why there are no units."""
+    """One row of the plan; ``reason`` says why it is not preconditioned.
+
+    Attributes:
+        chain: length of its chains, for methods that have bands in place of units.
+    """
 
     spec: ParameterSpec
     units: tuple[Unit, ...]
     reason: str
+    chain: int | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +64,7 @@ class PlannedParameter:
 
     @property
     def is_preconditioned(self) -> bool:
-        return bool(self.units)
+        return bool(self.units) or self.chain is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,7 @@ class Plan:
                 sent[place] += sum(away) * bucket.dtype.itemsize
                 come = [count for source, count in enumerate(bucket.received(place)) if source != place]
                 received[place] += sum(come) * bucket.dtype.itemsize
-        return max(*sent, *received)
+        return max([0, *sent, *received])
 
     @property
     def buffer_bytes(self) -> int:
@@ -164,7 +170,7 @@ class Plan:
         """Hash of everything that must be the same on every rank."""
         rows = [
             [
-                *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason),
+                *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason, p.chain),
                 [[u.key, u.refresher, list(u.homes), u.place.travels, list(u.block.dims)] for u in p.units],
             ]
             for p in self.parameters
@@ -185,6 +191,7 @@ def build_plan(
     exchange_bucket_bytes: int = 2**25,
     element_bytes: Callable[[ParameterSpec], tuple[int, int, int]] = lambda spec: (spec.dtype.itemsize, 4, 0),
     exchanges: int = 1,
+    chain: str | None = None,
     previous: Mapping[str, Place] | None = None,
 ) -> Plan:
     """Cut parameters into blocks and give each a place.
@@ -192,6 +199,7 @@ def build_plan(
     Args:
         table: what every rank holds; None is everything on each of ``ranks``.
         element_bytes: size of an element of a parameter's roots, of its statistics and of its moments.
+        chain: bands along chains in place of blocks, see :class:`lightning_soo.SONew`.
         previous: block key -> place in the plan before; blocks that are still there stay where they are, so that
             nothing moves when a parameter group is added.
     """
@@ -203,6 +211,8 @@ def build_plan(
             reason = "frozen"
         elif method == "none":
             reason = "override: none"
+        elif chain is not None:
+            reason = "one element" if math.prod(spec.shape) == 1 else "empty" if 0 in spec.shape else ""
         else:
             blocks, reason = partition(spec.name, spec.shape, own)
         cut.append((spec, blocks, reason))
@@ -228,7 +238,8 @@ def build_plan(
                     moment_bytes=math.prod(block.shape) * moment_size,
                 )
             )
-        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason))
+        length = chain_length(spec.shape, chain) if chain is not None and not reason else None
+        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length))
     travellers: dict[int, list[Traveller]] = {}
     number = 0
     copy = table.copy_of(0)

@@ -32,7 +32,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
                 first.name if len(members) == 1 else f"{_folded_name(members)} ({len(members)})",
                 "x".join(map(str, first.spec.shape)) or "scalar",
                 engine,
-                method if first.units else graft if first.spec.requires_grad else "-",
+                method if first.is_preconditioned else graft if first.spec.requires_grad else "-",
                 _blocks_text(first),
                 _homes_text(plan, members),
                 _numbers(owners),
@@ -47,6 +47,10 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
 
 
 def _summary(plan: Plan) -> list[str]:
+    if not plan.units:
+        return [
+            f"{plan.preconditioned_share:.1%} of trainable elements preconditioned; neighbours travel at cuts alone"
+        ]
     roots = sum(unit.root_bytes for unit in plan.units)
     held = plan.state_bytes
     lines = [
@@ -91,6 +95,8 @@ def _numbers(values: Sequence[int]) -> str:
 
 
 def _blocks_text(parameter: PlannedParameter) -> str:
+    if parameter.chain is not None:
+        return f"chains of {parameter.chain}"
     if not parameter.units:
         return "-"
     shapes = sorted({unit.block.shape for unit in parameter.units}, reverse=True)

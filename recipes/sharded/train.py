@@ -23,7 +23,8 @@ from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
 GLOBAL_BATCH = 24
 LENGTH = 64
-OPTIONS = {"precondition_frequency": 10, "start_preconditioning_step": 8, "max_preconditioner_dim": 128}
+BLOCKS = {"precondition_frequency": 10, "start_preconditioning_step": 8, "max_preconditioner_dim": 128}
+OPTIONS = {"shampoo": BLOCKS, "soap": BLOCKS, "sonew": {}}
 
 
 class Data(L.LightningDataModule):
@@ -53,7 +54,7 @@ def main() -> None:
         "--strategy", default="auto", help="auto, soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed, or Lightning's"
     )
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--method", default="shampoo", choices=["shampoo", "soap"])
+    parser.add_argument("--method", default="shampoo", choices=["shampoo", "soap", "sonew"])
     parser.add_argument("--stage", type=int, default=2, choices=[1, 2, 3], help="of ZeRO, with soo_deepspeed")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--clip", type=float, default=1.0)
@@ -73,7 +74,7 @@ def main() -> None:
         max_epochs=1,
         gradient_clip_val=arguments.clip,
         use_distributed_sampler=False,
-        callbacks=[SecondOrder(arguments.method, **OPTIONS), PreconditionerMonitor()],
+        callbacks=[SecondOrder(arguments.method, **OPTIONS[arguments.method]), PreconditionerMonitor()],
         logger=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,

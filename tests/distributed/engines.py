@@ -56,20 +56,19 @@ def make_batch(step: int, count: int) -> tuple[Tensor, Tensor]:
 def make_optimizer(params: Any, options: Options) -> SecondOrderOptimizer:
     """``options["method"]`` by name, Shampoo unless given."""
     method = options.get("method", "shampoo")
-    base: Options = {
-        "lr": 0.01,
-        "weight_decay": 0.1,
-        "max_preconditioner_dim": 8,
-        "precondition_frequency": 4,
-        "start_preconditioning_step": 3,
-        "precondition_1d": True,
-        "workers": "inline",
-        # small, so that there are several
-        "exchange_bucket_bytes": 1024,
-    }
-    if method == "shampoo":
-        base["preconditioner_eps"] = 1e-3
-    return METHODS[method](params, **{**base, **{name: value for name, value in options.items() if name != "method"}})
+    base: Options = {"lr": 0.01, "weight_decay": 0.1, "start_preconditioning_step": 3}
+    if method != "sonew":
+        base |= {
+            "max_preconditioner_dim": 8,
+            "precondition_frequency": 4,
+            "precondition_1d": True,
+            "workers": "inline",
+            "exchange_bucket_bytes": 1024,  # small, so that there are several
+        }
+    if method != "soap":  # well-conditioned, also in float32
+        base["preconditioner_eps"] = 1e-3 if method == "shampoo" else 1e-2
+    given = {name: value for name, value in options.items() if name != "method"}
+    return METHODS[method](params, **{**base, **given})
 
 
 class Engine:

@@ -26,14 +26,16 @@ def test_torch_engines_equal_one_process(ranks: int) -> None:
     torchrun(WORKER, ranks, "shampoo", *names)
 
 
+@pytest.mark.parametrize("method", ["soap", "sonew"])
 @pytest.mark.parametrize(("ranks", "names"), [(3, ["ddp", "fsdp1-flat", "fsdp2"]), (4, ["hsdp"])])
-def test_soap_equals_one_process(ranks: int, names: list[str]) -> None:
-    torchrun(WORKER, ranks, "soap", *names)
+def test_other_methods_equal_one_process(method: str, ranks: int, names: list[str]) -> None:
+    torchrun(WORKER, ranks, method, *names)
 
 
-def test_soap_under_zero_equals_one_process() -> None:
+@pytest.mark.parametrize("method", ["soap", "sonew"])
+def test_other_methods_under_zero_equal_one_process(method: str) -> None:
     pytest.importorskip("deepspeed")
-    torchrun(WORKER, 3, "soap", "zero-2", "zero-3")
+    torchrun(WORKER, 3, method, "zero-2", "zero-3")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
