@@ -66,12 +66,10 @@ def main() -> None:
     candidates = {
         "AdamW foreach": (adamw(gradient, foreach=True), 28),
         "AdamW fused": (adamw(gradient, fused=True), 28),
-        "SONew eager": (sonew(gradient, chunk=1 << 17, compiled=False, relative=False), 44),
-        "SONew eager, chunk 2^18": (sonew(gradient, chunk=1 << 18, compiled=False, relative=False), 44),
-        "SONew eager, ridge per row": (sonew(gradient, chunk=1 << 17, compiled=False, relative=True), 48),
-        "SONew compiled": (sonew(gradient, chunk=1 << 17, compiled=True, relative=False), 44),
-        "SONew compiled, chunk 2^18": (sonew(gradient, chunk=1 << 18, compiled=True, relative=False), 44),
-        "SONew compiled, ridge per row": (sonew(gradient, chunk=1 << 17, compiled=True, relative=True), 48),
+        "SONew eager": (sonew(gradient, chunk=1 << 18, compiled=False, relative=False), 44),
+        "SONew eager, ridge per row": (sonew(gradient, chunk=1 << 18, compiled=False, relative=True), 48),
+        "SONew compiled": (sonew(gradient, chunk=1 << 18, compiled=True, relative=False), 44),
+        "SONew compiled, ridge per row": (sonew(gradient, chunk=1 << 18, compiled=True, relative=True), 48),
         "observe + direction, b = 1": (separate(gradient, 1), 0),
         "observe + direction, b = 4": (separate(gradient, 4), 0),
     }
