@@ -107,8 +107,12 @@ def factor(
     workspace = buffer[bandwidth + 2 :]
     # a ridge that is never quite zero costs nothing, and makes a chain that never saw a gradient regular
     tiny = torch.finfo(bands.dtype).tiny
-    ridge = ridge.to(bands.dtype).clamp_min(tiny) if isinstance(ridge, Tensor) else max(float(ridge), tiny)
-    torch.add(bands[0], ridge, out=diagonal)
+    if isinstance(ridge, Tensor) and ridge.ndim:
+        diagonal.copy_(ridge).clamp_min_(tiny).add_(bands[0])
+    elif isinstance(ridge, Tensor):
+        torch.add(bands[0], ridge.to(bands.dtype).clamp_min(tiny), out=diagonal)
+    else:
+        torch.add(bands[0], max(float(ridge), tiny), out=diagonal)
     if min(bandwidth, n - 1) < 1:
         return lower.zero_(), diagonal
     if bandwidth == 1:

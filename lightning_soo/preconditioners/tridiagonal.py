@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_soo.linalg.norms import squared_norm
 from lightning_soo.preconditioners.banded import BandedStatistics
 
-# Twice that of `banded.direction`: four arrays leave the second-level cache, but half the calls win more.
-CHUNK = 1 << 17
+# Four times that of `banded.direction`: the arrays leave the second-level cache, but a quarter of the calls wins more.
+CHUNK = 1 << 18
 _ROWS = 4
 _Kernel = Callable[..., Tensor]
 
@@ -62,8 +62,7 @@ def tridiagonal_step(
         out: ``(n,)``, receives the direction.
         owned: ``[first, last)`` of the elements whose norms are summed; all by default.
         chunk: elements treated at a time.
-        compiled: use ``torch.compile`` on all chunks but those at the ends (static shapes: one compilation each
-            for the statistics and the direction, whatever ``n``).
+        compiled: use ``torch.compile``, with one compilation each for the statistics and the direction whatever ``n``.
 
     Returns:
         Sums of squares over the owned elements, float64: of ``out``, and of ``momentum / (sqrt(second) + eps)`` with
@@ -78,36 +77,37 @@ def tridiagonal_step(
         return zero, zero
     # sqrt(d / correction) / scale + eps = (sqrt(d) + unit eps) / unit
     unit = scale * correction**0.5
-    tiny = torch.finfo(bands.dtype).tiny
-    ridge = ridge.to(bands.dtype).clamp_min(tiny) if isinstance(ridge, Tensor) else max(float(ridge), tiny)
+    ridge = torch.as_tensor(ridge, dtype=bands.dtype, device=bands.device)
     options = [1.0 - beta1, decay, weight, scale, unit * eps]
     numbers: Tensor | None = None
-    if compiled and chunk >= 4:
+    if compiled:
         # numbers that change with the step travel as a tensor, or each step would compile anew
         numbers = torch.tensor([*options, gamma], dtype=bands.dtype, device=bands.device)
-        ridge = torch.as_tensor(ridge, dtype=bands.dtype, device=bands.device)
-    buffer = torch.empty(_ROWS, min(chunk, n) + 2, dtype=bands.dtype, device=bands.device)
     moved: list[Tensor] = []
     grafted: list[Tensor] = []
-    # what lacks a neighbour or an owner at the left is short, so that the compiled chunks are as many as can be
-    lead = min(max(begin, 1) + 1 if numbers is not None else chunk, chunk, n)
-    for first, last in pairwise([0, *range(lead, n, chunk), n]):
+    # elements that lack a neighbour or an owner are few, so that compiled chunks hold all others
+    bounds = [0, *range(chunk, n, chunk), n]
+    if numbers is not None:
+        lead, tail = max(begin, 1) + 1, min(end, n - 1)
+        bounds = [0, *range(lead, tail - 1, chunk), tail, n] if tail - lead > 1 else bounds
+    longest = max(last - first for first, last in pairwise(bounds))
+    buffer = torch.empty(_ROWS, longest + 2, dtype=bands.dtype, device=bands.device)
+    for first, last in pairwise(bounds):
         back, lag, edge = max(first - 2, 0), max(first - 1, 0), last if last == n else last - 1
-        inside = max(begin, 1) < first and last < min(end, n)
+        inside = max(begin, 1) < first and last <= min(end, n - 1)
         offset = (statistics.chain_length - 1 - statistics.start - first) % statistics.chain_length
         ends = bands[1, first + offset : last : statistics.chain_length] if offset < last - first else None
         size, products = last - first, min(last, n - 1) - first
-        part = ridge[back:last] if isinstance(ridge, Tensor) and ridge.ndim else ridge
+        part = ridge[back:last] if ridge.ndim else ridge
         values, following = gradient[first:last], gradient[first + 1 : first + 1 + products]
         second, coupling, filtered = bands[0, first:last], bands[1, first : first + products], momentum[first:last]
-        if numbers is not None and inside and size == chunk:
+        if numbers is not None and inside and size > 1:
             observe, direct = _compiled(_observe), _compiled(_direct)
             grafted.append(observe(values, following, filtered, second, coupling, numbers))
             if ends is not None:
                 ends.zero_()
-            added = torch.as_tensor(part).expand(last - back)
             neighbours = momentum[back:last], bands[0, back:last], bands[1, back : last - 1]
-            moved.append(direct(*neighbours, added, out[lag:edge], numbers))
+            moved.append(direct(*neighbours, part.expand(last - back), out[lag:edge], numbers))
             continue
         _observe_in_place(values, following, filtered, second, coupling, options, buffer)
         if ends is not None:
@@ -149,7 +149,7 @@ def _observe_in_place(
 
 
 def _direct_in_place(
-    buffer: Tensor, bands: Tensor, vector: Tensor, ridge: Tensor | float, gamma: float, first: int, out: Tensor
+    buffer: Tensor, bands: Tensor, vector: Tensor, ridge: Tensor, gamma: float, first: int, out: Tensor
 ) -> None:
     """``X vector`` of a piece, from its element ``first`` on, into ``out``: ``linalg.banded`` in fewer passes.
 
@@ -157,7 +157,11 @@ def _direct_in_place(
     """
     diagonal, lower, inverse, inner = buffer.unbind()
     coupling, residual, psi = bands[1, :-1], inverse[:-1], lower[:-1]
-    torch.add(bands[0], ridge, out=diagonal)
+    tiny = torch.finfo(bands.dtype).tiny
+    if ridge.ndim:
+        torch.clamp_min(ridge, tiny, out=diagonal).add_(bands[0])
+    else:
+        torch.add(bands[0], ridge.clamp_min(tiny), out=diagonal)
     here = diagonal[:-1]
     torch.div(coupling, diagonal[1:], out=psi)
     torch.addcmul(here, psi, coupling, value=-1, out=residual)
@@ -196,6 +200,7 @@ def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, ridge: Tensor, o
 
     Comparisons stay inside it: a boolean array between two loops made them 18 times slower.
     """
+    ridge = ridge.clamp_min(torch.finfo(diagonal.dtype).tiny)
 
     def half(index: int) -> tuple[Tensor, Tensor]:
         stop = -1 if index == 0 else None
@@ -217,4 +222,4 @@ def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, ridge: Tensor, o
 
 @cache
 def _compiled(function: _Kernel) -> _Kernel:
-    return cast(_Kernel, torch.compile(function, dynamic=False))
+    return cast(_Kernel, torch.compile(function, dynamic=True))
