@@ -17,6 +17,7 @@ from lightning_soo.placement.chains import Halos, extended
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.banded import BandedStatistics, direction
+from lightning_soo.preconditioners.tridiagonal import tridiagonal_step
 
 _NONE = torch.tensor(0.0, dtype=torch.float64)
 
@@ -59,19 +60,25 @@ class BandedOptimizer(SecondOrderOptimizer):
         plain = [member for member in members if member.run is None]
         super()._precondition(part, plain)
         works = self._extend(part, chained)
-        peaks = self._observe_runs(part, works)
+        peaks = self._peaks(part, works)
         squares: list[Tensor] = []
         moved: list[Member] = []
         starts = self.steps >= self.options.start
         for work in works:
-            graft = work.graft()
             work.member.scale = 1.0
+            ridge = work.ridge(peaks, self.options)
+            if starts and work.is_one_sweep:
+                squares += work.sweep(ridge, self.options)
+                moved.append(work.member)
+                continue
+            work.observe()
+            graft = work.graft()
             if not starts:
                 work.member.gradient.copy_(graft.view_as(work.member.gradient))
                 continue
             counted = work.member.counts and graft.numel() > 0
             squares.append(squared_norm(graft) if counted else _NONE)
-            found = work.direct(peaks, self.options)
+            found = direction(work.statistics.bands, work.vector, ridge=ridge, gamma=self.options.edge_gamma)[work.own]
             squares.append(squared_norm(found) if counted else _NONE)
             work.member.gradient.copy_(found.view_as(work.member.gradient))
             moved.append(work.member)
@@ -100,10 +107,10 @@ class BandedOptimizer(SecondOrderOptimizer):
             work.extend(arrived.get(numbers[id(work.member)], []), self._reach)
         return works
 
-    def _observe_runs(self, part: int, works: list[_Work]) -> dict[tuple[str, int], float]:
-        """Advance moments and statistics; return the largest diagonal of every cut chain, over all ranks."""
+    def _peaks(self, part: int, works: list[_Work]) -> dict[tuple[str, int], float]:
+        """The largest diagonal of every cut chain, over all ranks, before this step's gradient is added."""
         for work in works:
-            work.observe()
+            work.rescale()
         cut = self._halos[part].cut
         if not cut or not self.options.relative_eps:
             return {}
@@ -138,10 +145,14 @@ class _Work:
             peak=run.peak,
             observations=run.observations,
         )
+        self.decay = float(member.group["betas"][1])
+        self.weight = 1.0 - self.decay if self.decay < 1.0 else 1.0
         self.gradient = member.gradient.reshape(-1)
         self.filtered = self.moment
         self.left, self.size = 0, size
         self._state = state
+        # memory for one parameter at a time: a fresh array costs more than what is computed in it
+        self._scratch = optimizer._scratch_like(self.gradient).view(-1)
 
     @property
     def own(self) -> slice:
@@ -167,15 +178,23 @@ class _Work:
         self.gradient, self.filtered = whole[0], whole[1].to(self.moment.dtype)
         self.statistics.bands, self.statistics.start = whole[2:].to(self.bands.dtype), begin
 
-    def observe(self) -> None:
-        group, run, statistics = self.member.group, self.run, self.statistics
-        beta1, beta2 = group["betas"]
-        weight = 1.0 - beta2 if beta2 < 1.0 else 1.0
+    def rescale(self) -> None:
+        self.statistics.rescale(decay=self.decay, magnitude=self.member.magnitude)
+
+    def _count(self) -> None:
+        run, statistics = self.run, self.statistics
         self.step += 1
         if self.member.counter is not None:
             self._state["step"].copy_(torch.maximum(self._state["step"], self.step))
-        run.weight = run.weight * beta2 + weight if beta2 < 1.0 else 1.0
-        statistics.observe(self.gradient, decay=beta2, weight=weight, magnitude=self.member.magnitude)
+        run.weight = run.weight * self.decay + self.weight if self.decay < 1.0 else 1.0
+        run.scale, run.peak, run.observations = statistics.scale, statistics.peak, statistics.observations + 1
+
+    def observe(self) -> None:
+        """Advance moments and statistics."""
+        self._count()
+        statistics, beta1 = self.statistics, self.member.group["betas"][0]
+        statistics.observe(self.gradient, decay=self.decay, weight=self.weight, magnitude=self.member.magnitude)
+        run = self.run
         self.filtered.lerp_(self.gradient.to(self.filtered.dtype), 1.0 - beta1)
         run.scale, run.peak, run.observations = statistics.scale, statistics.peak, statistics.observations
         if self.statistics.bands is not self.bands:
@@ -199,20 +218,60 @@ class _Work:
         end = min((chain + 1) * statistics.chain_length - statistics.start, statistics.bands.shape[1])
         return float(statistics.bands[0, begin:end].amax()) if begin < end else 0.0
 
-    def direct(self, peaks: dict[tuple[str, int], float], options: SONewOptions) -> Tensor:
-        """The preconditioned direction of this rank's elements."""
-        statistics, n = self.statistics, self.vector.shape[0]
+    @property
+    def is_one_sweep(self) -> bool:
+        """Whether one neighbour, one dtype and no halo allow everything in one pass over memory."""
+        return (
+            self.bands.shape[0] == 2
+            and self.size > 1
+            and self.statistics.bands is self.bands
+            and self.gradient.dtype == self.moment.dtype == self.bands.dtype
+            and self.gradient.data_ptr() == self.member.gradient.data_ptr()
+        )
+
+    def sweep(self, ridge: Tensor | float, options: SONewOptions) -> list[Tensor]:
+        """Write the direction over the gradient; return the squares of the graft and of the direction.
+
+        The direction may take the gradient's place: it lags behind, and nobody reads what it overwrites any more.
+        """
+        self._count()
+        beta1, counts = self.member.group["betas"][0], self.member.counts
+        moved, graft = tridiagonal_step(
+            self.statistics,
+            self.gradient,
+            self.moment,
+            beta1=beta1,
+            decay=self.decay,
+            weight=self.weight,
+            magnitude=self.member.magnitude,
+            correction=self.run.weight if self.use_correction else 1.0,
+            eps=float(self.member.group["eps"]),
+            ridge=ridge,
+            gamma=options.edge_gamma,
+            out=self.gradient,
+            compiled=options.compiled,
+        )
+        if self.use_correction:
+            graft = graft / (1.0 - beta1 ** float(self.step)) ** 2
+        return [graft, moved] if counts else [_NONE, _NONE]
+
+    def ridge(self, peaks: dict[tuple[str, int], float], options: SONewOptions) -> Tensor | float:
+        """What is added to the diagonal, in its units: one number, or one for each element."""
+        statistics, n = self.statistics, self.gradient.shape[0]
         if n == 0:
-            return self.vector
+            return 0.0
         if options.relative_eps:
             tops = banded.chain_peaks(statistics.bands, statistics.start, statistics.chain_length)
             first = statistics.start // statistics.chain_length
             for (name, chain), value in peaks.items():
                 if name == self.member.name and first <= chain < first + tops.numel():
                     tops[chain - first] = value
-            ridge = tops.to(self.vector.dtype) * options.preconditioner_eps
-            expanded: Tensor | float = banded.expand_chains(ridge, n, statistics.start, statistics.chain_length)
-        else:
-            correction = self.run.weight if self.use_correction else 1.0
-            expanded = statistics.ridge(options.preconditioner_eps, correction=correction)
-        return direction(statistics.bands, self.vector, ridge=expanded, gamma=options.gamma)[self.own]
+            ridge = tops.to(statistics.compute_dtype) * options.preconditioner_eps
+            return ridge.view(()) if tops.numel() == 1 else self._expand(ridge)
+        weight = self.run.weight * self.decay + self.weight if self.decay < 1.0 else 1.0  # with this step's gradient
+        return statistics.ridge(options.preconditioner_eps, correction=weight if self.use_correction else 1.0)
+
+    def _expand(self, ridge: Tensor) -> Tensor:
+        statistics, n = self.statistics, self.gradient.shape[0]
+        out = self._scratch[:n] if self._scratch.dtype == ridge.dtype and self._scratch.numel() >= n else None
+        return banded.expand_chains(ridge, n, statistics.start, statistics.chain_length, out=out)

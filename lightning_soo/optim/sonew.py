@@ -33,12 +33,14 @@ class SONew(BandedOptimizer):
         chain: ``"row"`` is one chain for each row of the matrix view, along the fan-in, where neighbours are most
             alike; ``"flat"`` is one for the whole parameter, as in the authors' code.
         gamma: an edge is removed where what remains of the variance is at most this share of it, and the smaller
-            problem is solved.
-        preconditioner_eps: ridge, times the largest diagonal element of the chain (``relative_eps``) or absolute.
+            problem is solved. None is 1e-5, or 1e-3 for more than one neighbour.
+        preconditioner_eps: ridge, times the largest diagonal element of the chain before this step
+            (``relative_eps``) or absolute.
         use_bias_correction: divide statistics by ``1 - b2^t`` and the running mean by ``1 - b1^t``.
         start_preconditioning_step: until then Adam moves alone: at the first steps every edge is degenerate.
         statistics_dtype: None is float32, or float64 for float64 parameters; ``torch.bfloat16`` rounds
             stochastically.
+        compiled: let ``torch.compile`` fuse the tridiagonal step (a minute at the first step; needs a C++ compiler).
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
         overrides: exceptions by name pattern or module class: ``[{"match": "embed", "method": "none"}]``.
 
@@ -60,12 +62,13 @@ class SONew(BandedOptimizer):
         decoupled_weight_decay: bool = True,
         bandwidth: int = 1,
         chain: str = "row",
-        gamma: float = 1e-6,
+        gamma: float | None = None,
         preconditioner_eps: float = 1e-6,
         relative_eps: bool = True,
         use_bias_correction: bool = True,
         start_preconditioning_step: int = 10,
         statistics_dtype: torch.dtype | str | None = None,
+        compiled: bool = False,
         nonfinite: str = "skip",
         overrides: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class SONew(BandedOptimizer):
             bandwidth=bandwidth,
             chain=chain,
             gamma=gamma,
+            compiled=compiled,
             preconditioner_eps=preconditioner_eps,
             relative_eps=relative_eps,
             use_bias_correction=use_bias_correction,

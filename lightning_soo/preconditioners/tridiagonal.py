@@ -116,13 +116,15 @@ def tridiagonal_step(
         if lower < upper:
             root = torch.sqrt(bands[0, lower:upper], out=buffer[0, : upper - lower]).add_(unit * eps)
             torch.div(momentum[lower:upper], root, out=root)
+            if scale != 1.0:  # extreme gradients: squares would not fit
+                root.mul_(unit)
             grafted.append(torch.dot(root, root))
         work = buffer[:, : last - back]
         _direct_in_place(work, bands[:, back:last], momentum[back:last], part, gamma, lag - back, out[lag:edge])
         lower, upper = max(lag, begin), min(edge, end)
         if lower < upper:
             moved.append(torch.dot(out[lower:upper], out[lower:upper]))
-    graft = torch.stack(grafted).sum(dtype=torch.float64) * unit**2 if grafted else zero
+    graft = torch.stack(grafted).sum(dtype=torch.float64) * (unit**2 if scale == 1.0 else 1.0) if grafted else zero
     total = torch.stack(moved).sum(dtype=torch.float64) if moved else zero
     if not 1e-30 < float(total) < 1e37:  # extreme gradients: the graft is of the order of one, but not the direction
         total = squared_norm(out[begin:end])
