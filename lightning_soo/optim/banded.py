@@ -17,7 +17,7 @@ from lightning_soo.placement.chains import Halos, extended
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.banded import BandedStatistics, direction
-from lightning_soo.preconditioners.tridiagonal import tridiagonal_step
+from lightning_soo.preconditioners.tridiagonal import compiler_works, tridiagonal_step
 
 _NONE = torch.tensor(0.0, dtype=torch.float64)
 
@@ -249,7 +249,7 @@ class _Work:
             ridge=ridge,
             gamma=options.edge_gamma,
             out=self.gradient,
-            compiled=options.compiled,
+            compiled=options.compiled and compiler_works(),
         )
         if self.use_correction:
             graft = graft / (1.0 - beta1 ** float(self.step)) ** 2

@@ -7,6 +7,7 @@ in all. Adam's second moment is the diagonal of the statistics, so the graft cos
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from lightning_soo.linalg.norms import squared_norm
 from lightning_soo.preconditioners.banded import BandedStatistics
+
+logger = logging.getLogger(__name__)
 
 # Four times that of `banded.direction`: the arrays leave the second-level cache, but a quarter of the calls wins more.
 CHUNK = 1 << 18
@@ -80,7 +83,7 @@ def tridiagonal_step(
     ridge = torch.as_tensor(ridge, dtype=bands.dtype, device=bands.device)
     options = [1.0 - beta1, decay, weight, scale, unit * eps]
     numbers: Tensor | None = None
-    if compiled:
+    if compiled and scale == 1.0:
         # numbers that change with the step travel as a tensor, or each step would compile anew
         numbers = torch.tensor([*options, gamma], dtype=bands.dtype, device=bands.device)
     moved: list[Tensor] = []
@@ -220,6 +223,17 @@ def _direct(vector: Tensor, diagonal: Tensor, coupling: Tensor, ridge: Tensor, o
     direction = here - psi * before
     out.copy_(direction)
     return direction.square().sum()
+
+
+@cache
+def compiler_works() -> bool:
+    """Whether ``torch.compile`` can compile here (it needs a C++ compiler on a CPU); asked once, and said where not."""
+    try:
+        torch.compile(torch.square, dynamic=False)(torch.zeros(8))
+    except Exception as error:
+        logger.warning("torch.compile does not work here (%s): the step runs uncompiled", str(error).splitlines()[0])
+        return False
+    return True
 
 
 @cache

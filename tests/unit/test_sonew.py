@@ -16,6 +16,7 @@ from lightning_soo import SONew
 from lightning_soo.linalg import banded
 from lightning_soo.placement.chains import Halos, chain_length, cut_chains, extended
 from lightning_soo.placement.layout import FragmentTable
+from lightning_soo.preconditioners import tridiagonal
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "sonew.npz")
 
@@ -176,3 +177,24 @@ def test_halos_by_bookkeeping() -> None:
             assert len(got) == len(set(got)) and set(got) == wanted
             begin, end = extended(start, stop, length, reach)
             assert wanted | set(range(start, stop)) == set(range(begin, end))
+
+
+def test_compiled_equals_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And without a working compiler it says so once and runs."""
+    nets = [Net(), Net()]
+    train(SONew(nets[0], lr=0.01, start_preconditioning_step=2), nets[0], 0, 8)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    tridiagonal.compiler_works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", refuse)
+        train(SONew(nets[1], lr=0.01, start_preconditioning_step=2, compiled=True), nets[1], 0, 8)
+    assert torch.equal(parameters(nets[0]), parameters(nets[1])) and caplog.text.count("no compiler") == 1
+    tridiagonal.compiler_works.cache_clear()
+    if not tridiagonal.compiler_works():
+        pytest.skip("no C++ compiler")
+    compiled = Net()
+    train(SONew(compiled, lr=0.01, start_preconditioning_step=2, compiled=True), compiled, 0, 8)
+    torch.testing.assert_close(parameters(compiled), parameters(nets[0]), rtol=1e-3, atol=1e-5)
