@@ -16,6 +16,8 @@ from lightning_soo.optim.members import Member
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.jobs import Job
 
+_CHUNK = 1 << 17
+
 
 class SecondOrderOptimizer(DirectedOptimizer):
     """Base of the preconditioned optimizers; construct a subclass.
@@ -177,8 +179,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         for member in members:
             group, parameter, direction = member.group, member.parameter(), member.gradient
             lr, momentum, scale = float(group["lr"]), group["momentum"], member.scale
-            if group["weight_decay"] and group["decoupled_weight_decay"]:
-                parameter.mul_(1.0 - lr * float(group["weight_decay"]))
+            decay = float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
             if momentum:
                 buffer = member.local_state(self.state[member.tensor])["momentum_buffer"]
                 # as torch.optim.SGD: the first direction enters whole
@@ -189,7 +190,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 else:
                     direction = buffer
                 scale = 1.0
-            parameter.add_(direction, alpha=-lr * scale)
+            _move(parameter, direction, shrink=1.0 - lr * decay, alpha=-lr * scale)
             member.gradient = torch.empty(0)
 
     def diagnostics(self) -> dict[str, float]:
@@ -213,3 +214,15 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 "staleness": self.steps - min(block.diagnostics["started"] for block in blocks),
             }
         return figures
+
+
+def _move(parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
+    """``parameter <- shrink parameter + alpha direction``; on a CPU in pieces that stay in cache between the two."""
+    if shrink == 1.0:
+        parameter.add_(direction, alpha=alpha)
+    elif parameter.device.type != "cpu" or not (parameter.is_contiguous() and direction.is_contiguous()):
+        parameter.mul_(shrink).add_(direction, alpha=alpha)
+    else:
+        pieces = torch.split(parameter.view(-1), _CHUNK), torch.split(direction.view(-1), _CHUNK)
+        for piece, towards in zip(*pieces, strict=True):
+            piece.mul_(shrink).add_(towards, alpha=alpha)

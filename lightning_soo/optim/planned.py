@@ -24,7 +24,6 @@ from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
 from lightning_soo.placement.table import plan_table
-from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
@@ -297,21 +296,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of preconditioner state on this rank: what ``plan.state_bytes[rank]`` predicts."""
-        held = [root for member in self._members for block in member.blocks for root in block.roots or ()]
-        held += [
-            block.second_moment
-            for member in self._members
-            for block in member.blocks
-            if isinstance(block, EigenbasisBlock) and block.second_moment is not None
-        ]
-        held += [
-            matrix
-            for member in self._members
-            for block in member.blocks
-            if block.statistics is not None
-            for matrix in block.statistics.matrices
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(block.state_bytes for member in self._members for block in member.blocks)
 
     def close(self) -> None:
         """Stop background work. What was in flight is finished first, so the trajectory does not change."""

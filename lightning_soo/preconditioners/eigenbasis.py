@@ -36,6 +36,12 @@ class EigenbasisBlock(KroneckerBlock):
     second_moment: Tensor | None = None
     second_moment_weight: float = 0.0
 
+    @property
+    def state_bytes(self) -> int:
+        """What this rank holds of the block."""
+        moment = self.second_moment
+        return super().state_bytes + (moment.numel() * moment.element_size() if moment is not None else 0)
+
     def job(self, statistics: KroneckerStatistics, options: ShampooOptions) -> Job:
         # rounding of the statistics moves eigenvalues by about this much, relative to the largest
         tolerance = max(self.block.orders) * torch.finfo(self.statistics_dtype).eps

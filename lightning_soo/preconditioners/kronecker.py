@@ -124,6 +124,12 @@ class KroneckerBlock:
     failures: int = 0
     diagnostics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def state_bytes(self) -> int:
+        """What this rank holds of the block."""
+        held = [*(self.roots or ()), *(self.statistics.matrices if self.statistics is not None else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
     def count(self, *, decay: float, weight: float) -> None:
         """Keep the sum of weights, on every rank, whoever holds the statistics."""
         self.weight = self.weight * decay + weight if decay < 1.0 else 1.0
