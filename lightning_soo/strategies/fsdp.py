@@ -57,7 +57,7 @@ class SecondOrderFSDPStrategy(SecondOrderStrategyMixin, FSDPStrategy):
             return self._wrapped  # validating after a fit: its parameters are flat already
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             return super()._setup_model(model)
-        start_alike(model, self.root_device)
+        start_alike(model)
         self._wrapped = wrapped = FullyShardedDataParallel(module=model, **self._wrapping())
         before = self.kwargs
         # Lightning does the rest for a module that is wrapped already, for which it would drop the policy

@@ -86,7 +86,7 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if not any(isinstance(inner, FSDPModule) for inner in module.modules()):
-            start_alike(module, self.root_device)
+            start_alike(module)
             shard(
                 module, data_mesh(self.device_mesh), self.shard_modules, self.min_parameters, **self.fully_shard_options
             )

@@ -7,12 +7,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_soo.naming import nearest
+from lightning_soo.transport import Transport
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)  # fully_shard refuses them
@@ -68,14 +68,13 @@ def modules_to_shard(
     return [name for name in _inner_first(model) if name in chosen]
 
 
-def start_alike(model: nn.Module, device: torch.device) -> None:
+def start_alike(model: nn.Module) -> None:
     """Give every rank the weights and buffers of rank 0, as DDP does: a shard of other weights would go unnoticed."""
+    transport = Transport()
     with torch.no_grad():
         for tensor in chain(model.parameters(), model.buffers()):
             if not tensor.is_meta:
-                sent = tensor.detach().to(device).contiguous()
-                dist.broadcast(sent, 0)
-                tensor.copy_(sent)
+                transport.share(tensor)
 
 
 def _inner_first(model: nn.Module) -> list[str]:

@@ -77,6 +77,13 @@ class Transport:
         dist.all_reduce(moved, op=operation, group=self._group)
         return moved.to(values.device)
 
+    def share(self, tensor: Tensor, source: int = 0) -> None:
+        """Overwrite ``tensor`` with that of rank ``source``, in place."""
+        if self.size > 1:
+            moved = tensor.detach().to(self._device).contiguous()
+            dist.broadcast(moved, src=self._global(source), group=self._group)
+            tensor.copy_(moved)
+
     def start_exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arriving:
         """Give every rank its part of one flat buffer and get its own part from each, once waited for.
 

@@ -98,7 +98,7 @@ class Manual(Bare):
 
     def configure_model(self) -> None:
         if self.sharded:
-            start_alike(self, torch.device("cpu"))
+            start_alike(self)
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
             fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
@@ -118,7 +118,7 @@ class Sharded(Bare):
     def configure_model(self) -> None:
         if isinstance(self.scale, DTensor):
             return
-        start_alike(self, torch.device("cpu"))
+        start_alike(self)
         for block in self.net.blocks:
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self, mesh=self.device_mesh["data_parallel"])

@@ -64,7 +64,7 @@ class FabricSecondOrderFSDPStrategy(FabricSecondOrderMixin, FSDPStrategy):
     def setup_module(self, module: nn.Module) -> Any:
         if any(isinstance(inner, FullyShardedDataParallel) for inner in module.modules()):
             return super().setup_module(module)
-        start_alike(module, self.root_device)
+        start_alike(module)
         wrapped = FullyShardedDataParallel(module=module, **self._wrapping())
         before = self._fsdp_kwargs
         # Fabric does the rest for a module that is wrapped already, for which it would drop the policy

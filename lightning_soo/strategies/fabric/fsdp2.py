@@ -72,6 +72,6 @@ class FabricSecondOrderFSDP2Strategy(FabricSecondOrderMixin, ModelParallelStrate
         return wrapped, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     def _parallelize(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        start_alike(module, self.root_device)
+        start_alike(module)
         shard(module, data_mesh(mesh), self.shard_modules, self.min_parameters, **self.fully_shard_options)
         return module
