@@ -23,8 +23,8 @@ class SecondOrder(pl.Callback):
     and schedulers stay as they are.
 
     Args:
-        method: ``"shampoo"``.
-        options: options of the optimizer, see :class:`lightning_soo.Shampoo`.
+        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``.
+        options: options of the optimizer, see :class:`lightning_soo.Shampoo`, ``SOAP`` and ``SONew``.
 
     Raises:
         ValueError: unknown method or option, with the nearest name.
