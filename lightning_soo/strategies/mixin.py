@@ -26,7 +26,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
     """Takes over the optimizers of the module, attaches them to the wrapped model and closes them.
 
     Args:
-        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``; None takes nothing over (optimizers that are second-order already are attached).
+        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``; None takes nothing over (second-order optimizers are
+            attached all the same).
         options: options of the method, see :class:`lightning_soo.Shampoo`.
         optimizer_options: settings of the AdamW that is built where ``configure_optimizers`` is absent or returns None.
 
