@@ -50,7 +50,10 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 import importlib, pkgutil, lightning_soo
 names = [info.name for info in pkgutil.walk_packages(lightning_soo.__path__, "lightning_soo.")]
 for name in names:
-    assert importlib.import_module(name).__file__.startswith({str(tmp_path / "site")!r}), name
+    try:
+        assert importlib.import_module(name).__file__.startswith({str(tmp_path / "site")!r}), name
+    except ModuleNotFoundError as error:  # a kernel for GPUs, imported where there is one
+        assert error.name == "triton" and name.endswith("_triton"), (name, error)
 from lightning_soo import Shampoo
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 print(len(names), lightning_soo.__version__)
