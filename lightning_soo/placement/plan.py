@@ -141,17 +141,18 @@ class Plan:
         largest = sorted((bucket.largest_bytes for bucket in self._all_buckets), reverse=True)[:2]
         return 2 * (self.exchanges + 1) * sum(largest)
 
-    def collectives_per_step(self, *, observes: bool) -> dict[str, int]:
+    def collectives_per_step(self, *, observes: bool, grafts: bool) -> dict[str, int]:
         """Collectives of a step between refreshes, once roots are in: two small reductions, and travelling blocks.
 
         Args:
             observes: whether statistics see the gradient in this step.
+            grafts: whether directions get the size of a graft, which takes their norms.
         """
         parts = len({p.spec.part for p in self.parameters if p.is_preconditioned})
         if self.ranks == 1:
             return {"all_reduce": 0, "all_to_all": 0}
         return {
-            "all_reduce": 1 + (parts if self.table.shards > 1 else 0),
+            "all_reduce": 1 + (parts if grafts and self.table.shards > 1 else 0),
             "all_to_all": len(self._all_buckets) * (self.exchanges + 1 + observes),
         }
 

@@ -25,7 +25,7 @@ def options_of(method: str, delay: int) -> dict[str, object]:
     """With and without delay; for SONew, which refreshes nothing, two chains and bandwidths."""
     if method == "sonew":
         return {"method": method, "chain": "flat" if delay else "row", "bandwidth": 3 if delay else 1}
-    return {"method": method, "refresh_delay": delay}
+    return {"method": method, "refresh_delay": delay, "stagger": delay > 0}
 
 
 @functools.cache
@@ -77,10 +77,14 @@ def check_memory(engine: Engine, rank: int, case: str) -> None:
 
 
 def check_collectives(engine: Engine, calls: list[dict[str, int]], case: str) -> None:
-    """In steps in which no root is started, sent or swapped: what the plan says, and no more."""
+    """In steps in which no root is started, sent or swapped: what the plan says, and no more.
+
+    There are such steps where refreshes are not staggered, and that some were seen is part of the check.
+    """
     plan, refresher = engine.optimizer._plan, engine.optimizer._refresher
     assert plan is not None and refresher is not None
     delay = engine.optimizer.options.refresh_delay or 0
+    seen = 0
     for step in range(11, 20):
         quiet = not any(
             refresher.schedule.refreshes(key, step - past) for key in refresher.places for past in {0, delay, delay - 1}
@@ -88,14 +92,18 @@ def check_collectives(engine: Engine, calls: list[dict[str, int]], case: str) ->
         if quiet:
             made = {kind: calls[step][kind] - calls[step - 1][kind] for kind in calls[0]}
             assert made == planned(engine), (case, step, made, planned(engine))
+            seen += 1
+    assert seen or engine.optimizer.options.stagger, case
 
 
 def planned(engine: Engine) -> dict[str, int]:
     """Collectives of a step without refreshes."""
     optimizer = engine.optimizer
     assert optimizer._plan is not None
-    found = optimizer._plan.collectives_per_step(observes=True)
-    if isinstance(optimizer, BandedOptimizer):  # one exchange and one maximum where a chain is cut
+    banded = isinstance(optimizer, BandedOptimizer)
+    grafts = banded or optimizer.options.grafting is not None
+    found = optimizer._plan.collectives_per_step(observes=True, grafts=grafts)
+    if banded:  # one exchange and one maximum where a chain is cut
         cuts = sum(not halos.is_empty for halos in optimizer._halos.values())
         found = {"all_reduce": found["all_reduce"] + cuts, "all_to_all": cuts}
     return found
