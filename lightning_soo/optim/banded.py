@@ -145,8 +145,7 @@ class _Work:
             peak=run.peak,
             observations=run.observations,
         )
-        self.decay = float(member.group["betas"][1])
-        self.weight = 1.0 - self.decay if self.decay < 1.0 else 1.0
+        self.decay, self.weight = member.weights()
         self.gradient = member.gradient.reshape(-1)
         self.filtered = self.moment
         self.left, self.size = 0, size

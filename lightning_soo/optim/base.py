@@ -139,9 +139,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         self._refresher.background.fence()
         interval = self.steps - self._refresher.schedule.observed_before(self.steps)
         for member in members:
-            # betas[1] is the decay of one step, whatever the interval
-            decay = float(member.group["betas"][1]) ** interval
-            weight = 1.0 - decay if decay < 1.0 else 1.0
+            decay, weight = member.weights(interval)
             for block in member.blocks:
                 block.count(decay=decay, weight=weight)
             kept = [block for block in member.whole_blocks if block.statistics is not None]
@@ -160,8 +158,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 if traveller.key not in units or not member.magnitude > 0:
                     continue
                 block = self._refresher.blocks[traveller.key]
-                decay = float(member.group["betas"][1]) ** interval
-                weight = 1.0 - decay if decay < 1.0 else 1.0
+                decay, weight = member.weights(interval)
                 if block.statistics is not None:
                     block.observe(units[traveller.key], decay=decay, weight=weight, magnitude=member.magnitude)
 

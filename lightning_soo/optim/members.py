@@ -77,6 +77,14 @@ class Member:
     def merged_shape(self) -> tuple[int, ...]:
         return self.blocks[0].block.merged_shape
 
+    def weights(self, interval: int = 1) -> tuple[float, float]:
+        """Decay of the statistics over ``interval`` steps, and the weight of a new gradient.
+
+        ``betas[1]`` is the decay of one step, whatever the interval; at 1 the statistics are a plain sum.
+        """
+        decay = float(self.group["betas"][1]) ** interval
+        return decay, 1.0 - decay if decay < 1.0 else 1.0
+
     def parameter(self) -> Tensor:
         """The local elements of the parameter."""
         return self.fragment.local(self.tensor)
