@@ -103,6 +103,10 @@ def planned(engine: Engine) -> dict[str, int]:
     banded = isinstance(optimizer, BandedOptimizer)
     grafts = banded or optimizer.options.grafting is not None
     found = optimizer._plan.collectives_per_step(observes=True, grafts=grafts)
+    # a bucket in which nothing ever has a gradient is left out
+    buckets = [bucket for found in optimizer._plan.buckets.values() for bucket in found]
+    idle = sum(all(t.key.startswith("unused") for t in bucket.travellers) for bucket in buckets)
+    found["all_to_all"] -= idle * (optimizer._plan.exchanges + 2)
     if banded:  # one exchange and one maximum where a chain is cut
         cuts = sum(not halos.is_empty for halos in optimizer._halos.values())
         found = {"all_reduce": found["all_reduce"] + cuts, "all_to_all": cuts}
