@@ -134,6 +134,7 @@ class SONewOptions(ShampooOptions):
 
     bandwidth: int = 1
     gamma: float | None = None
+    fused: bool | None = None
     compiled: bool = False
     band_dtype: torch.dtype | None = None
 
@@ -144,6 +145,10 @@ class SONewOptions(ShampooOptions):
             raise ValueError(f"chain={self.chain!r}{nearest(str(self.chain), CHAINS)}")
         if self.gamma is not None and not 0 <= self.gamma < 1:
             raise ValueError(f"gamma={self.gamma}: must be in [0, 1), or None")
+
+    def dtype_of_bands(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """As asked for, else that of Shampoo's statistics."""
+        return self.band_dtype or self.statistics_dtype(parameter_dtype)
 
     @property
     def edge_gamma(self) -> float:

@@ -40,7 +40,9 @@ class SONew(BandedOptimizer):
         start_preconditioning_step: until then Adam moves alone: at the first steps every edge is degenerate.
         statistics_dtype: None is float32, or float64 for float64 parameters; ``torch.bfloat16`` rounds
             stochastically.
-        compiled: let ``torch.compile`` fuse the tridiagonal step (a minute at the first step; needs a C++ compiler).
+        fused: take the step in one call of compiled code for all parameters: on a CPU, up to four neighbours, built
+            at the first step (seconds; needs a C++ compiler). None is where that is possible, False never.
+        compiled: let ``torch.compile`` fuse the tridiagonal step instead (a minute at the first step).
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
         overrides: exceptions by name pattern or module class: ``[{"match": "embed", "method": "none"}]``.
 
@@ -68,6 +70,7 @@ class SONew(BandedOptimizer):
         use_bias_correction: bool = True,
         start_preconditioning_step: int = 10,
         statistics_dtype: torch.dtype | str | None = None,
+        fused: bool | None = None,
         compiled: bool = False,
         nonfinite: str = "skip",
         overrides: Sequence[Mapping[str, Any]] | None = None,
@@ -76,6 +79,7 @@ class SONew(BandedOptimizer):
             bandwidth=bandwidth,
             chain=chain,
             gamma=gamma,
+            fused=fused,
             compiled=compiled,
             preconditioner_eps=preconditioner_eps,
             relative_eps=relative_eps,

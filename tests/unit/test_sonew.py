@@ -21,8 +21,9 @@ from lightning_soo.preconditioners import tridiagonal
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "sonew.npz")
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("bandwidth", [1, 4])
-def test_golden_trajectory(bandwidth: int) -> None:
+def test_golden_trajectory(bandwidth: int, fused: bool | None) -> None:
     name = f"traj_b{bandwidth}_"
     parameter = nn.Parameter(torch.from_numpy(GOLDEN[name + "p0"].copy()).view(5, 7))
     optimizer = SONew(
@@ -36,6 +37,7 @@ def test_golden_trajectory(bandwidth: int) -> None:
         preconditioner_eps=1e-8,
         relative_eps=False,
         start_preconditioning_step=1,
+        fused=fused,
     )
     for gradient, expected in zip(GOLDEN[name + "grads"], GOLDEN[name + "params"], strict=True):
         parameter.grad = torch.from_numpy(gradient.copy()).view(5, 7)
@@ -182,7 +184,7 @@ def test_halos_by_bookkeeping() -> None:
 def test_compiled_equals_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """And without a working compiler it says so once and runs."""
     nets = [Net(), Net()]
-    train(SONew(nets[0], lr=0.01, start_preconditioning_step=2), nets[0], 0, 8)
+    train(SONew(nets[0], lr=0.01, start_preconditioning_step=2, fused=False), nets[0], 0, 8)
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
