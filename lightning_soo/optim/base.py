@@ -14,7 +14,7 @@ from lightning_soo.optim import grafting
 from lightning_soo.optim.directions import DirectedOptimizer
 from lightning_soo.optim.members import Member
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
-from lightning_soo.refresh.jobs import Job
+from lightning_soo.refresh.jobs import Job, JobResult
 
 _CHUNK = 1 << 17
 
@@ -169,8 +169,8 @@ class SecondOrderOptimizer(DirectedOptimizer):
             keys = {b.block.key for m in self._members if m.planned.spec.part == part for b in m.blocks}
         self._refresher.advance(self.steps, self._make_job, keys)
 
-    def _make_job(self, block: KroneckerBlock, statistics: KroneckerStatistics) -> Job:
-        return block.job(statistics, self.options)
+    def _make_job(self, block: KroneckerBlock, statistics: KroneckerStatistics) -> Job | JobResult:
+        return block.refresh_in_place(statistics, self.options) or block.job(statistics, self.options)
 
     def _apply(self, members: list[Member]) -> None:
         for member in members:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
 GRAFT_NORMS = ("parameter", "block")
 NONFINITE = ("skip", "raise")
+BASES = ("eigh", "qr")
 # what a parameter group may set for itself; everything else belongs to the optimizer (or to `overrides`)
 GROUP_OPTIONS = (
     "lr",
@@ -56,6 +57,7 @@ class ShampooOptions:
     grafting_beta2: float | None = None
     grafting_norm: str = "parameter"
     chain: str | None = None  # bands along chains in place of blocks (SONew)
+    basis: str = "eigh"  # how SOAP refreshes its bases
     own_step_size: bool = False  # the direction has the step size of Adam by itself (SOAP)
     nonfinite: str = "skip"
     exchange_bucket_bytes: int = 2**25
@@ -94,7 +96,12 @@ class ShampooOptions:
             raise ValueError(f"exponent_override={self.exponent_override}: the p of A^(-1/p) must be above 0")
         if self.grafting_beta2 is not None and not 0 <= self.grafting_beta2 <= 1:
             raise ValueError(f"grafting_beta2={self.grafting_beta2}: must be in [0, 1]")
-        for name, choices in (("merge_dims", MERGE_DIMS), ("grafting_norm", GRAFT_NORMS), ("nonfinite", NONFINITE)):
+        for name, choices in (
+            ("merge_dims", MERGE_DIMS),
+            ("grafting_norm", GRAFT_NORMS),
+            ("nonfinite", NONFINITE),
+            ("basis", BASES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
         if self.grafting is not None and self.grafting not in GRAFTS:

@@ -181,6 +181,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             chain=options.chain,
             exchanges=2 if self.block_class.needs_gradient else 1,
             previous=previous,
+            refresh_at_home=options.basis == "qr",
         )
         trainable = any(p.spec.requires_grad for p in plan.parameters)
         if trainable and not any(p.is_preconditioned for p in plan.parameters):

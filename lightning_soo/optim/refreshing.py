@@ -16,7 +16,7 @@ from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
-from lightning_soo.refresh.jobs import Job
+from lightning_soo.refresh.jobs import Job, JobResult
 from lightning_soo.refresh.schedule import RefreshSchedule, stagger_offsets
 from lightning_soo.transport import Transport
 
@@ -62,12 +62,13 @@ class Refresher:
     def advance(
         self,
         step: int,
-        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job],
+        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job | JobResult],
         keys: Collection[str] | None = None,
     ) -> None:
         """Start the refreshes of this step, swap in those whose time has come, send those of the next step.
 
         Args:
+            make_job: what a worker is to do, or what needed none.
             keys: the blocks of this part of the step; None is all of them.
 
         Raises:
@@ -95,7 +96,7 @@ class Refresher:
     def _start(
         self,
         step: int,
-        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job],
+        make_job: Callable[[KroneckerBlock, KroneckerStatistics], Job | JobResult],
         keys: Collection[str] | None,
     ) -> None:
         starting = []
@@ -117,7 +118,11 @@ class Refresher:
                 block = self.blocks[key]
                 statistics = sent.get(key) or block.statistics
                 assert statistics is not None
-                self.background.submit((key, step), make_job(block, statistics), statistics.matrices)
+                made = make_job(block, statistics)
+                if isinstance(made, JobResult):
+                    self.background.keep((key, step), made)
+                else:
+                    self.background.submit((key, step), made, statistics.matrices)
 
     def close(self) -> None:
         """Finish what is under way, here and between ranks, and stop the workers."""

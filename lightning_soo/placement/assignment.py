@@ -34,7 +34,12 @@ def assign(costs: Sequence[float], bins: int, loads: Sequence[float] | None = No
 
 
 def assign_near(
-    costs: Sequence[float], preferred: Sequence[Sequence[int]], bins: int, loads: Sequence[float] | None = None
+    costs: Sequence[float],
+    preferred: Sequence[Sequence[int]],
+    bins: int,
+    loads: Sequence[float] | None = None,
+    *,
+    near_enough: float = _NEAR_ENOUGH,
 ) -> list[int]:
     """As :func:`assign`, but an item stays with a bin it prefers while that bin is not overloaded.
 
@@ -43,9 +48,10 @@ def assign_near(
 
     Args:
         preferred: for each item the bins where it costs nothing to be.
+        near_enough: in place of 1.1; infinite where an item may not be elsewhere.
     """
     current = [0.0] * bins if loads is None else list(loads)
-    limit = _NEAR_ENOUGH * (sum(current) + sum(costs)) / bins
+    limit = near_enough * (sum(current) + sum(costs)) / bins
     owners = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
         near = min(preferred[item], key=lambda index: (current[index], index), default=None)

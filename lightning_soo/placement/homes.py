@@ -48,12 +48,14 @@ def place_blocks(
     precondition_frequency: int,
     statistics_frequency: int,
     previous: Mapping[str, Place],
+    refresh_at_home: bool = False,
 ) -> dict[str, Place]:
     """Choose homes for locality first and refreshers for balance first.
 
     Args:
         blocks: ``(parameter, block)``.
         previous: places of an earlier plan, kept where the block is still there.
+        refresh_at_home: a refresh needs what homes alone hold, so the refresher is one of them.
 
     Returns:
         Block key -> place.
@@ -108,7 +110,11 @@ def place_blocks(
         carried[owner] += refresh[key]
     new = [key for key in refresh if key not in owners]
     values = [refresh[key] for key in new]
-    if all(homes[key] is everyone for key in new):
+    if refresh_at_home:
+        near = [homes[key] for key in new]
+        found = assign_near(values, near, table.ranks, carried, near_enough=math.inf)
+        owners.update(zip(new, found, strict=True))
+    elif all(homes[key] is everyone for key in new):
         owners.update(zip(new, assign(values, table.ranks, carried), strict=True))
     else:
         owners.update(zip(new, assign_near(values, [homes[key] for key in new], table.ranks, carried), strict=True))

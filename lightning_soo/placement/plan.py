@@ -194,6 +194,7 @@ def build_plan(
     exchanges: int = 1,
     chain: str | None = None,
     previous: Mapping[str, Place] | None = None,
+    refresh_at_home: bool = False,
 ) -> Plan:
     """Cut parameters into blocks and give each a place.
 
@@ -223,6 +224,7 @@ def build_plan(
         precondition_frequency=precondition_frequency,
         statistics_frequency=statistics_frequency,
         previous=previous or {},
+        refresh_at_home=refresh_at_home,
     )
     parameters = []
     for spec, blocks, reason in cut:

@@ -7,6 +7,7 @@ its running mean and ``Q`` the eigenvectors of Shampoo's statistics. ``M`` is ke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,10 +16,30 @@ import torch
 from torch import Tensor
 
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics, multiply
-from lightning_soo.refresh.jobs import Job
+from lightning_soo.refresh.jobs import Job, JobResult
 
 if TYPE_CHECKING:
     from lightning_soo.optim.options import ShampooOptions
+
+
+def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration: the ``Q`` of ``(A + r I) Q_0 = Q R`` with a positive diagonal of ``R``.
+
+    The ridge ``r`` stands above rounding: without it the basis of the null space of a statistic would be noise, another
+    one at every world size; with it that part of the basis stays where it is.
+
+    Args:
+        matrix: ``(n, n)``, symmetric positive semi-definite.
+        basis: ``(n, n)``, orthonormal to its precision.
+    """
+    largest = matrix.diagonal().amax()
+    ridge = largest * max(1e-5, 1e4 * torch.finfo(matrix.dtype).eps)
+    product = torch.addmm(basis * ridge, matrix, basis)
+    # the scale does not matter, and extreme gradients must not overflow
+    orthonormal: Tensor
+    orthonormal, upper = torch.linalg.qr(product / largest.clamp_min(torch.finfo(matrix.dtype).tiny))
+    signs = torch.ones_like(largest).copysign(upper.diagonal())
+    return orthonormal * signs
 
 
 @dataclass
@@ -41,6 +62,18 @@ class EigenbasisBlock(KroneckerBlock):
         """What this rank holds of the block."""
         moment = self.second_moment
         return super().state_bytes + (moment.numel() * moment.element_size() if moment is not None else 0)
+
+    def refresh_in_place(self, statistics: KroneckerStatistics, options: ShampooOptions) -> JobResult | None:
+        """One power iteration from the current basis, where that is asked for and there is one."""
+        if options.basis != "qr" or self.roots is None:
+            return None
+        begin = time.perf_counter()
+        bases = [
+            orthogonal_iteration(matrix, basis.to(matrix.dtype))
+            for matrix, basis in zip(statistics.matrices, self.roots, strict=True)
+        ]
+        arrays = tuple(basis.cpu().numpy() for basis in bases)
+        return JobResult(arrays=arrays, diagnostics={}, seconds=time.perf_counter() - begin)
 
     def job(self, statistics: KroneckerStatistics, options: ShampooOptions) -> Job:
         # rounding of the statistics moves eigenvalues by about this much, relative to the largest

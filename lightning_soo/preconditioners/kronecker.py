@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.placement.blocks import Block
-from lightning_soo.refresh.jobs import Job
+from lightning_soo.refresh.jobs import Job, JobResult
 
 if TYPE_CHECKING:
     from lightning_soo.optim.options import ShampooOptions
@@ -148,6 +148,10 @@ class KroneckerBlock:
             eps=options.preconditioner_eps,
             relative_eps=options.relative_eps,
         )
+
+    def refresh_in_place(self, statistics: KroneckerStatistics, options: ShampooOptions) -> JobResult | None:
+        """What a refresh gives where no worker is needed for it, else None."""
+        return None
 
     def precondition(
         self, filtered: Tensor, gradient: Tensor | None = None, group: Mapping[str, Any] | None = None

@@ -22,6 +22,7 @@ class Background:
         self._executor: Executor | None = None
         self.copies = DeviceCopies()
         self._copying: dict[Key, tuple[HostCopy, Job]] = {}
+        self._done: dict[Key, JobResult] = {}
 
     @property
     def executor(self) -> Executor:
@@ -46,6 +47,10 @@ class Background:
         else:
             self._copying[key] = copy, job
 
+    def keep(self, key: Key, result: JobResult) -> None:
+        """Take a result that needed no job: it was computed where its tensors are."""
+        self._done[key] = result
+
     def fence(self) -> None:
         """To be called before submitted tensors are changed in place: only the device waits for their copies."""
         for copy, _ in self._copying.values():
@@ -62,6 +67,8 @@ class Background:
 
     def result(self, key: Key) -> JobResult:
         """The result of a job, waited for if need be."""
+        if key in self._done:
+            return self._done.pop(key)
         waiting = self._copying.pop(key, None)
         if waiting is not None:
             self._start(key, *waiting)
@@ -70,6 +77,7 @@ class Background:
     def close(self) -> None:
         """Drop all jobs and stop the workers; the next job starts new ones."""
         self._copying.clear()
+        self._done.clear()
         if self._executor is not None:
             self._executor.close()
 

@@ -22,10 +22,11 @@ BFLOAT16_BOUND = 0.15  # of one rank's rounding against another's, in a run that
 
 
 def options_of(method: str, delay: int) -> dict[str, object]:
-    """With and without delay; for SONew, which refreshes nothing, two chains and bandwidths."""
+    """With and without delay, for SOAP with both bases; for SONew, which refreshes nothing, two chains and bands."""
     if method == "sonew":
         return {"method": method, "chain": "flat" if delay else "row", "bandwidth": 3 if delay else 1}
-    return {"method": method, "refresh_delay": delay, "stagger": delay > 0}
+    options: dict[str, object] = {"method": method, "refresh_delay": delay, "stagger": delay > 0}
+    return options | ({"basis": "eigh" if delay else "qr"} if method == "soap" else {})
 
 
 @functools.cache
@@ -47,6 +48,8 @@ def compare(kind: type[Engine], method: str, rank: int, ranks: int) -> None:
         # what one process does, in the same precision and parameter groups
         error = deviation(engine.parameters(), expected(kind, method, clip, delay))
         bound = BFLOAT16_BOUND if "bf16" in kind.name else BOUNDS[kind.precision(clip)]
+        if engine.optimizer.options.basis == "qr" and kind.precision(clip) == torch.float32:
+            bound = 1e-4  # rounding over the ridge is what a QR step makes of directions without statistics
         assert error <= bound, f"{case}: deviates by {error:.2g} of the movement"
         check_memory(engine, rank, case)
         check_collectives(engine, calls, case)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_soo import SOAP
 from lightning_soo.linalg.eigenbases import eigenbasis
+from lightning_soo.preconditioners.eigenbasis import orthogonal_iteration
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -74,11 +75,54 @@ def test_with_the_identity_as_basis_it_is_adamw() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_a_saved_run_goes_on_bit_for_bit() -> None:
+def test_qr_steps_lead_to_the_eigenvectors() -> None:
+    """Of a fixed statistic with well separated eigenvalues, whatever they begin with."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))
+    matrix = vectors @ torch.diag(2.0 ** torch.arange(12, dtype=torch.float64)) @ vectors.T
+    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        basis = torch.eye(12, dtype=dtype)
+        for _ in range(60):
+            basis = orthogonal_iteration(matrix.to(dtype), basis)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(12, dtype=dtype), rtol=0, atol=1e-5)
+        # the largest half: the ridge hides what is far below the largest eigenvalue
+        overlap = (basis.double().T @ vectors).abs()[:, 6:].amax(0)
+        assert float((1 - overlap).max()) < bound
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e30, 1e-30])
+def test_a_qr_step_leaves_the_null_space_alone(factor: float) -> None:
+    """And is the same after another order of summation, up to the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    matrix = gradients @ gradients.T * factor
+    basis = torch.from_numpy(eigenbasis(matrix.numpy(), tolerance=1e-12)[0])
+    after = orthogonal_iteration(matrix, basis)
+    torch.testing.assert_close(after, basis, rtol=0, atol=1e-9)
+    noise = torch.randn(9, 9, generator=generator, dtype=torch.float64)
+    other = orthogonal_iteration(matrix + (noise + noise.T) * 1e-16 * matrix.abs().max(), basis)
+    torch.testing.assert_close(other, after, rtol=0, atol=1e-9)
+
+
+def test_qr_bases_train_like_whole_decompositions() -> None:
+    """Another basis in small eigenvalues, hence not the same trajectory, but the same progress; and nothing waits."""
+    losses = {}
+    for basis in ("eigh", "qr"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+        optimizer = SOAP(net, lr=0.02, precondition_frequency=5, refresh_delay=0, basis=basis, workers="inline")
+        train(optimizer, net, 120)
+        x = torch.randn(256, 6, generator=torch.Generator().manual_seed(999), dtype=torch.float64)
+        losses[basis] = float((net(x) - x[:, :4].sin()).square().mean().detach())
+    assert losses["qr"] < 1.3 * losses["eigh"] and losses["qr"] != losses["eigh"]
+
+
+@pytest.mark.parametrize("basis", ["eigh", "qr"])
+def test_a_saved_run_goes_on_bit_for_bit(basis: str) -> None:
     def make() -> tuple[nn.Module, SOAP]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
-        return net, SOAP(net, lr=0.01, precondition_frequency=4, refresh_delay=3, workers="thread")
+        return net, SOAP(net, lr=0.01, precondition_frequency=4, refresh_delay=3, basis=basis, workers="thread")
 
     whole, optimizer = make()
     train(optimizer, whole, 17)
@@ -90,7 +134,7 @@ def test_a_saved_run_goes_on_bit_for_bit() -> None:
     train(again, resumed, 9)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert optimizer.diagnostics()["condition_number"] > 1
+    assert basis == "qr" or optimizer.diagnostics()["condition_number"] > 1
 
 
 @pytest.mark.parametrize("rank", [1, 4, 11])
