@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -23,16 +26,17 @@ class BandedOptimizer(SecondOrderOptimizer):
     """Elementwise on fragments; only where a cut falls inside a chain do a few neighbours travel."""
 
     options: SONewOptions
+    _halos: Mapping[int, Halos] = MappingProxyType({})
 
     def _prepare_members(self, plan: Plan, layout: Layout, members: list[Member]) -> None:
         runs = {member.name: member.run for member in self._members}
         lengths = [parameter.chain for parameter in plan.parameters]
         reach = banded.halo(self.options.bandwidth)
         self._reach = reach
-        self._halos: dict[int, Halos] = {}
+        self._halos = halos = {}
         for part in sorted({spec.part for spec in layout.specs}):
             own = [index for index, spec in enumerate(layout.specs) if spec.part == part]
-            self._halos[part] = Halos.plan(plan.table, lengths, own, reach)
+            halos[part] = Halos.plan(plan.table, lengths, own, reach)
         for member in members:
             if member.planned.chain is not None:
                 member.run = runs.get(member.name) or Run()
@@ -47,6 +51,17 @@ class BandedOptimizer(SecondOrderOptimizer):
     def _work(self, member: Member) -> Work:
         # memory for one parameter at a time: a fresh array costs more than what is computed in it
         return Work(member, self.state[member.tensor], self.options, self._scratch_like(member.gradient).view(-1))
+
+    def plan_table(self, plan: Plan | None = None) -> str:
+        """The plan in words; once attached, also what travels where chains are cut."""
+        table = super().plan_table(plan)
+        cut = sum(len(halos.cut) for halos in self._halos.values())
+        if not cut:
+            return table
+        rows = len(band_names(self.options.bandwidth)) + 2
+        wide = any(member.planned.spec.dtype == torch.float64 for member in self._members)
+        size = sum(halos.elements for halos in self._halos.values()) * rows * (8 if wide else 4)
+        return f"{table}\n{cut} chains are cut: at most {size:,} bytes of neighbours travel from or to a rank in a step"
 
     def _observe(self, part: int, members: list[Member]) -> None:
         """Nothing by itself: statistics and direction share one pass."""

@@ -76,3 +76,14 @@ class Halos:
     @property
     def is_empty(self) -> bool:
         return not self.cut
+
+    @property
+    def elements(self) -> int:
+        """The most neighbours that any rank sends or receives in a step."""
+
+        def size(strips: tuple[Strip, ...]) -> int:
+            return sum(strip.stop - strip.start for strip in strips)
+
+        sent = [sum(map(size, row)) for row in self.strips]
+        received = [sum(size(row[place]) for row in self.strips) for place in range(len(self.strips))]
+        return max([*sent, *received], default=0)

@@ -39,7 +39,10 @@ class Autoencoder(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, as before: the callback takes it over."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=0.0)
+        return self.scheduled(torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=0.0))
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer with the schedule."""
         warmup = max(1, self.steps // 20)
 
         def factor(step: int) -> float:

@@ -168,6 +168,7 @@ def test_halos_by_bookkeeping() -> None:
         reach = banded.halo(3)
         halos = Halos.plan(table, [length], [0], reach)
         assert [chain for _, chain in halos.cut] == cut_chains(ranges, length)
+        arriving = []
         for place, (start, stop) in enumerate(ranges):
             got = [e for row in halos.strips for strip in row[place] for e in range(strip.start, strip.stop)]
             wanted = {
@@ -177,8 +178,11 @@ def test_halos_by_bookkeeping() -> None:
                 and any(-reach[0] <= e - own <= reach[1] and e // length == own // length for own in range(start, stop))
             }
             assert len(got) == len(set(got)) and set(got) == wanted
+            arriving.append(len(wanted))
             begin, end = extended(start, stop, length, reach)
             assert wanted | set(range(start, stop)) == set(range(begin, end))
+        sent = [sum(strip.stop - strip.start for strips in row for strip in strips) for row in halos.strips]
+        assert halos.elements == max(arriving + sent)
 
 
 def test_compiled_equals_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
