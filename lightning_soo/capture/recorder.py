@@ -1,0 +1,173 @@
+"""Hooks that record the factors of one step.
+
+A forward hook reads a layer's input and hangs a hook on its *output tensor*: full backward hooks break where an
+activation is applied in place. What a use adds is committed when its gradient arrives, so passes without gradients
+leave nothing, and a pass that activation checkpointing repeats is counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_soo.capture.factors import FactorSums, gradient_sum, input_sum
+from lightning_soo.capture.registry import LayerPart, LayerRule, find_rule
+
+
+@dataclass
+class _Pass:
+    """One forward pass of the whole model; its examples count once a gradient comes back."""
+
+    batch: int
+    is_counted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A captured part of a module.
+
+    Attributes:
+        name: the module's name, and the part's key.
+        modules: whose uses are summed: several where they share the weight.
+    """
+
+    name: str
+    part: LayerPart
+    rule: LayerRule
+    modules: tuple[nn.Module, ...]
+
+
+def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
+    """Every part of a model that has factors, and why other modules with parameters of their own have none.
+
+    Modules that share their weight are one layer where they are of one family, else the first found has it.
+    """
+    owners: dict[tuple[int, str], Layer] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        if not own:
+            continue
+        rule = find_rule(module)
+        if rule is None:
+            reasons[name] = f"no rule for {type(module).__name__}"
+            continue
+        parts = rule.parts(module)
+        if not parts:
+            reasons[name] = rule.refusal(module)
+        for part in parts:
+            weight = getattr(module, part.weight)
+            key = id(weight), part.key
+            known = owners.get(key)
+            if known is None:
+                full = f"{name}/{part.key}" if part.key else name
+                owners[key] = Layer(name=full, part=part, rule=rule, modules=(module,))
+            elif known.rule is rule and known.part == part:
+                owners[key] = Layer(name=known.name, part=part, rule=rule, modules=(*known.modules, module))
+            else:
+                reasons[name] = f"shares its weight with {known.name}, a layer of another kind"
+    return list(owners.values()), reasons
+
+
+class Recorder:
+    """Records factors of a model's layers while ``recording``.
+
+    Attributes:
+        sums: layer name -> what this process has seen since the last :meth:`clear`.
+        examples: how many examples that were.
+        recording: set it for the steps that need factors; otherwise a hook costs a function call.
+    """
+
+    def __init__(self, model: nn.Module, *, approximation: str = "expand", batch_reduction: str = "mean") -> None:
+        """Args: batch_reduction: of the loss over the examples of a (micro-)batch, ``"mean"`` or ``"sum"``."""
+        self.layers, self.reasons = find_layers(model)
+        self.approximation, self.batch_reduction = approximation, batch_reduction
+        self.recording = True
+        self._pass: _Pass | None = None
+        self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        by_module: dict[nn.Module, list[Layer]] = {}
+        for layer in self.layers:
+            for module in layer.modules:
+                by_module.setdefault(module, []).append(layer)
+        for module, layers in by_module.items():
+            self._hooks.append(module.register_forward_hook(self._hook(layers), with_kwargs=True))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget this step's captures: it is over, was skipped, or its gradients were zeroed."""
+        self.sums: dict[str, FactorSums] = {layer.name: FactorSums() for layer in self.layers}
+        self.examples = 0
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def factors(self, *, divisor: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+        """``A`` and ``G`` of every layer that was used, of what this process has seen.
+
+        Args:
+            divisor: what the loss was divided by beside its reduction: the number of accumulated micro-batches over the
+                loss scale.
+        """
+        found = {}
+        for name, sums in self.sums.items():
+            if sums.inputs is not None and sums.gradients is not None:
+                found[name] = (sums.inputs / sums.positions, sums.gradients * (divisor**2 / max(self.examples, 1)))
+        return found
+
+    def _begin(self, model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Note how many examples this pass of the whole model has."""
+        tensor = next((t for t in _tensors((positional, named)) if t.ndim > 0), None)
+        self._pass = _Pass(batch=tensor.shape[0] if tensor is not None else 1)
+
+    def _hook(self, layers: list[Layer]) -> Callable[..., None]:
+        def forward_hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if not self.recording or not torch.is_grad_enabled():
+                return
+            values = next(_tensors((positional, named)), None)
+            result = next((t for t in _tensors(output) if t.requires_grad), None)
+            if values is None or result is None:
+                return
+            current = self._pass or _Pass(batch=values.shape[0])  # a part of the model was called by itself
+            batch = current.batch
+            # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
+            with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+                seen = [self._inputs(layer, module, values.detach(), batch) for layer in layers]
+
+            def gradient_hook(gradient: Tensor) -> None:
+                if not current.is_counted:
+                    current.is_counted = True
+                    self.examples += batch
+                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                    for layer, (inputs, positions) in zip(layers, seen, strict=True):
+                        rows = layer.rule.gradients(module, layer.part, gradient.detach(), batch)
+                        # of the loss of one example: the mean has divided it by their number
+                        scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
+                        total = gradient_sum(rows, self.approximation).mul_(scale)
+                        self.sums[layer.name].add(inputs, positions, total)
+
+            result.register_hook(gradient_hook)  # type: ignore[no-untyped-call]
+
+        return forward_hook
+
+    def _inputs(self, layer: Layer, module: nn.Module, values: Tensor, batch: int) -> tuple[Tensor, int]:
+        rows = layer.rule.inputs(module, layer.part, values, batch)
+        return input_sum(rows, self.approximation, bias=layer.part.bias is not None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested arguments, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)

@@ -1,0 +1,110 @@
+"""Which layers have Kronecker factors, and how their inputs and output gradients are read.
+
+A user extends it in a few lines::
+
+    class ScaledLinearRule(LinearRule):
+        kinds = (ScaledLinear,)
+
+        def inputs(self, module, part, values, batch):
+            return super().inputs(module, part, values * module.scale, batch)
+
+    register(ScaledLinearRule())
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPart:
+    """What has one pair of factors: a weight and perhaps its bias, or some rows of both (a group, q, k or v).
+
+    As a matrix it is ``(outputs, inputs)``, with the bias as one more column.
+
+    Attributes:
+        key: what follows the module's name where it has several parts, else empty.
+        weight, bias: names of the module's parameters.
+        rows: of the weight as a matrix ``(outputs, inputs)``, and of the bias.
+        transposed: whether the weight is stored as ``(inputs, outputs)``.
+    """
+
+    key: str = ""
+    weight: str
+    bias: str | None
+    rows: tuple[int, int]
+    inputs: int
+    transposed: bool = False
+
+    @property
+    def outputs(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def columns(self) -> int:
+        """Order of the input factor: the inputs, and a constant one for the bias."""
+        return self.inputs + (self.bias is not None)
+
+
+class LayerRule(ABC):
+    """How one family of layers is captured.
+
+    Attributes:
+        kinds: module classes; subclasses that change ``forward`` need a rule of their own, so the class must match.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
+
+    @abstractmethod
+    def parts(self, module: nn.Module) -> list[LayerPart]:
+        """The parts of a module; none where it cannot be captured (:meth:`refusal` says why)."""
+
+    @abstractmethod
+    def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
+        """Rows that multiply the weight: ``(examples, positions, part.inputs)`` of the module's first argument."""
+
+    @abstractmethod
+    def gradients(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
+        """Gradients of what the rows give: ``(examples, positions, part.outputs)`` of the output's gradient."""
+
+    def refusal(self, module: nn.Module) -> str:
+        """Why a module of this family has no parts; empty where it has."""
+        return ""
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register(rule: LayerRule) -> None:
+    """Use ``rule`` for the classes it names, also in place of an earlier one."""
+    for kind in rule.kinds:
+        _RULES[kind] = rule
+
+
+def find_rule(module: nn.Module) -> LayerRule | None:
+    """The rule of a module's class; None where there is none."""
+    return _RULES.get(type(module))
+
+
+def registered() -> Sequence[type[nn.Module]]:
+    """Classes that have a rule."""
+    return tuple(_RULES)
+
+
+def by_example(values: Tensor, batch: int) -> Tensor:
+    """``(..., d)`` as ``(examples, positions, d)``.
+
+    Where the second dimension is the batch (sequences first) it is brought forward; where the leading dimensions do not
+    hold a whole number of positions for each example (packed tokens), each row counts as an example.
+    """
+    if values.ndim > 2 and values.shape[0] != batch and values.shape[1] == batch:
+        values = values.transpose(0, 1)
+    rows = values.numel() // max(values.shape[-1], 1)
+    if batch < 1 or rows % batch:
+        batch = rows
+    return values.reshape(batch, -1, values.shape[-1])

@@ -1,0 +1,236 @@
+"""Captured factors: golden values, gradients of single examples, and everything that must not change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_soo.capture import convolution, linear
+from lightning_soo.capture.recorder import Recorder, find_layers
+from lightning_soo.capture.registry import LayerPart, find_rule, register
+
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "kfac_mlp.npz")
+assert convolution and linear  # they register their rules
+
+
+def golden_net() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    net.load_state_dict({name: torch.from_numpy(GOLDEN[f"param/{name}"].copy()) for name in net.state_dict()})
+    return net
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["emp", "type2"])
+def test_golden_factors(fisher: str, approximation: str) -> None:
+    net = golden_net()
+    recorder = Recorder(net, approximation=approximation)
+    logits, labels = net(torch.from_numpy(GOLDEN["X"].copy())), torch.from_numpy(GOLDEN["y"].copy())
+    if fisher == "emp":
+        nn.functional.cross_entropy(logits, labels).backward()
+    else:  # columns of a square root of the loss's Hessian, sqrt(p_c) (e_c - p)
+        probabilities = logits.detach().softmax(1)
+        for column in range(5):
+            root = probabilities[:, column : column + 1].sqrt() * (torch.eye(5).double()[column] - probabilities)
+            logits.backward(root / len(logits), retain_graph=True)
+    for name, (inputs, gradients) in recorder.factors().items():
+        prefix = f"curvlinops/{fisher}/{approximation}/{name}/"
+        np.testing.assert_allclose(inputs.numpy(), GOLDEN[prefix + "A_joint"], rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(gradients.numpy(), GOLDEN[prefix + "G"], rtol=1e-8, atol=1e-12)
+    assert set(recorder.factors()) == {"0", "2", "4"}
+
+
+def matrix_of(part: LayerPart, module: nn.Module, name: str, gradient: Tensor) -> Tensor:
+    """A gradient of the weight as ``(outputs, inputs)`` of the part."""
+    gradient = gradient.T if part.transposed else gradient.flatten(1)
+    return gradient[part.rows[0] : part.rows[1]]
+
+
+CONVOLUTIONS: list[tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = [
+    (nn.Conv1d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, (4, 9)),
+    (nn.Conv2d, {"in_channels": 3, "out_channels": 5, "kernel_size": (3, 2), "stride": (2, 1), "bias": False},
+     (3, 8, 7)),
+    (nn.Conv2d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2, "padding": 1}, (4, 5, 6)),
+    (nn.Conv2d, {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "dilation": 2}, (4, 9, 9)),
+    (nn.Conv2d, {"in_channels": 2, "out_channels": 3, "kernel_size": (4, 3), "padding": "same"}, (2, 6, 5)),
+    (nn.Conv2d, {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": "valid"}, (2, 6, 5)),
+    (nn.Conv2d, {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
+     (2, 6, 5)),
+    (nn.Conv2d, {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+     (2, 6, 5)),
+    (nn.Conv3d, {"in_channels": 2, "out_channels": 4, "kernel_size": (2, 3, 1), "padding": (1, 0, 1), "groups": 2},
+     (2, 4, 5, 3)),
+    (nn.Linear, {"in_features": 5, "out_features": 3}, (4, 5)),
+    (nn.Linear, {"in_features": 5, "out_features": 3, "bias": False}, (5,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options", "shape"), CONVOLUTIONS)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rows_make_the_gradient_of_every_example(
+    kind: type[nn.Module], options: dict[str, Any], shape: tuple[int, ...], contiguous: bool
+) -> None:
+    """Sum over positions of ``g a^T`` is what autograd gives for each example alone: rows, order and padding agree."""
+    torch.manual_seed(0)
+    module = kind(**options).double()
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    if not contiguous and x.ndim > 2:
+        x = x.transpose(1, -1).contiguous().transpose(1, -1)
+    output = module(x)
+    output_gradient = torch.randn_like(output)
+    rule = find_rule(module)
+    assert rule is not None
+    for part in rule.parts(module):
+        inputs = rule.inputs(module, part, x, len(x))
+        gradients = rule.gradients(module, part, output_gradient, len(x))
+        assert inputs.shape[:2] == gradients.shape[:2] and inputs.shape[2] == part.inputs
+        for index in range(len(x)):
+            module.zero_grad()
+            (module(x[index : index + 1]) * output_gradient[index : index + 1]).sum().backward()
+            expected = matrix_of(part, module, "weight", module.weight.grad)
+            torch.testing.assert_close(gradients[index].T @ inputs[index], expected)
+            if part.bias is not None:
+                torch.testing.assert_close(gradients[index].sum(0), module.bias.grad[part.rows[0] : part.rows[1]])
+
+
+class Net(nn.Module):
+    """A convolution, an activation in place, and a layer that is used twice."""
+
+    def __init__(self, *, checkpointed: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.twice, self.head = nn.Conv2d(2, 3, 3), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.checkpointed = checkpointed
+        self.double()
+
+    def body(self, x: Tensor) -> Tensor:
+        hidden = self.twice(self.convolution(x).relu_().flatten(1)).relu_()
+        return self.twice(hidden).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            x = checkpoint(self.body, x, use_reentrant=self.checkpointed == "reentrant")
+        else:
+            x = self.body(x)
+        return self.head(x)
+
+
+def batch(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 2, 4, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    return x, torch.arange(count) % 4
+
+
+def assert_same(found: dict[str, tuple[Tensor, Tensor]], expected: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert set(found) == set(expected) and found
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-13)
+
+
+def factors_of(net: Net, *, splits: int = 1, reduction: str = "mean", approximation: str = "expand") -> Any:
+    recorder = Recorder(net, batch_reduction=reduction, approximation=approximation)
+    x, labels = batch(12)
+    for part, label in zip(x.chunk(splits), labels.chunk(splits), strict=True):
+        loss = nn.functional.cross_entropy(net(part), label, reduction=reduction)
+        (loss / splits if reduction == "mean" else loss).backward()
+    divisor = splits if reduction == "mean" else 1
+    found = recorder.factors(divisor=divisor)
+    recorder.close()
+    return found
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_splits_and_reductions_change_nothing(approximation: str) -> None:
+    expected = factors_of(Net(), approximation=approximation)
+    assert_same(factors_of(Net(), splits=4, approximation=approximation), expected)
+    assert_same(factors_of(Net(), reduction="sum", approximation=approximation), expected)
+    assert_same(factors_of(Net(), reduction="sum", splits=3, approximation=approximation), expected)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "saved tensors"])
+def test_activation_checkpointing_counts_once(kind: str) -> None:
+    assert_same(factors_of(Net(checkpointed=kind)), factors_of(Net()))
+
+
+def test_a_layer_used_twice_is_the_sum_of_its_uses() -> None:
+    net = Net()
+    found = factors_of(net)["twice"]
+    x, labels = batch(12)
+    first = net.convolution(x).relu().flatten(1)
+    one = net.twice(first)
+    second = one.relu()
+    two = net.twice(second)
+    loss = nn.functional.cross_entropy(net.head(two.tanh()), labels, reduction="sum")
+    gradients = torch.cat(torch.autograd.grad(loss, [one, two]))
+    rows = torch.cat([torch.cat([part, torch.ones(12, 1).double()], 1) for part in (first, second)])
+    torch.testing.assert_close(found, (rows.T @ rows / 24, gradients.T @ gradients / 12))
+
+
+def test_passes_that_do_not_train_leave_nothing() -> None:
+    net = Net()
+    recorder = Recorder(net)
+    x, labels = batch(12)
+    with torch.no_grad():
+        net(x)
+    net(x)  # never differentiated
+    recorder.recording = False
+    nn.functional.cross_entropy(net(x), labels).backward()
+    assert recorder.factors() == {} and recorder.examples == 0
+    recorder.recording = True
+    nn.functional.cross_entropy(net(x), labels).backward()
+    assert recorder.examples == 12
+    assert_same(recorder.factors(), factors_of(Net()))
+    recorder.clear()
+    assert recorder.factors() == {}
+
+
+def test_under_autocast_sums_are_exact() -> None:
+    """Inputs and gradients are bfloat16 there; their products are not rounded again."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    recorder = Recorder(net)
+    x = torch.randn(500, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x).square().mean().backward()
+    inputs = recorder.factors()["1"][0]
+    hidden = nn.functional.linear(x.bfloat16(), net[0].weight.bfloat16(), net[0].bias.bfloat16()).double()
+    expected = hidden.T @ hidden / 500
+    assert inputs.dtype == torch.float32
+    assert float((inputs[:64, :64].double() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_what_has_no_rule_is_named_and_shared_weights_are_one_layer() -> None:
+    net = nn.ModuleDict(
+        {"a": nn.Linear(3, 4), "b": nn.Linear(3, 4), "c": nn.PReLU(), "d": nn.Linear(3, 4), "e": nn.Bilinear(2, 2, 2)}
+    )
+    net["b"].weight = net["a"].weight
+    net["d"].requires_grad_(False)
+    layers, reasons = find_layers(net)
+    assert [(layer.name, len(layer.modules)) for layer in layers] == [("a", 2)]
+    assert reasons == {"c": "no rule for PReLU", "e": "no rule for Bilinear"}
+
+
+def test_a_layer_of_ones_own() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2.0 * x)
+
+    class ScaledRule(linear.LinearRule):
+        kinds = (Scaled,)
+
+        def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
+            return super().inputs(module, part, 2.0 * values, batch)
+
+    net = nn.Sequential(Scaled(3, 2)).double()
+    assert find_layers(net)[0] == []  # a subclass may compute something else
+    register(ScaledRule())
+    recorder = Recorder(net)
+    x = torch.randn(7, 3, dtype=torch.float64)
+    net(x).square().mean().backward()
+    rows = torch.cat([2 * x, torch.ones(7, 1)], 1)
+    torch.testing.assert_close(recorder.factors()["0"][0], rows.T @ rows / 7)
