@@ -27,16 +27,20 @@ class FactorSums:
         inputs: ``(columns, columns)``, sum of ``a a^T``.
         positions: rows in it.
         gradients: ``(outputs, outputs)``, sum of ``g g^T``.
+
+    Of embeddings the first is a diagonal, ``(columns,)``; of scales and shifts there is none, and the last is
+    ``(outputs, 2, 2)``.
     """
 
     inputs: Tensor | None = None
     positions: int = 0
     gradients: Tensor | None = None
 
-    def add(self, inputs: Tensor, positions: int, gradients: Tensor) -> None:
+    def add(self, inputs: Tensor | None, positions: int, gradients: Tensor) -> None:
         """Add one use of the layer."""
-        # never in place: where one pass is differentiated several times its inputs come again
-        self.inputs = inputs if self.inputs is None else self.inputs + inputs
+        if inputs is not None:
+            # never in place: where one pass is differentiated several times its inputs come again
+            self.inputs = inputs if self.inputs is None else self.inputs + inputs
         self.gradients = gradients if self.gradients is None else self.gradients.add_(gradients)
         self.positions += positions
 

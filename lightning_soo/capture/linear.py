@@ -12,7 +12,7 @@ from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, reg
 class LinearRule(LayerRule):
     """``y = W a + b`` at every position."""
 
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    kinds: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
     def parts(self, module: Any) -> list[LayerPart]:
         bias = "bias" if module.bias is not None else None
@@ -28,7 +28,7 @@ class LinearRule(LayerRule):
 class TransposedLinearRule(LinearRule):
     """``y = a W + b``."""
 
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # Transformers' class, registered when that package is there
+    kinds = ("transformers.pytorch_utils:Conv1D",)
 
     def parts(self, module: Any) -> list[LayerPart]:
         inputs, outputs = module.weight.shape
@@ -36,3 +36,4 @@ class TransposedLinearRule(LinearRule):
 
 
 register(LinearRule())
+register(TransposedLinearRule())

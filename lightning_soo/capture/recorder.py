@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_soo.capture.factors import FactorSums, gradient_sum, input_sum
+from lightning_soo.capture.factors import FactorSums
 from lightning_soo.capture.registry import LayerPart, LayerRule, find_rule
 
 
@@ -108,17 +108,18 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def factors(self, *, divisor: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-        """``A`` and ``G`` of every layer that was used, of what this process has seen.
+    def factors(self, *, divisor: float = 1.0) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """``A`` and ``G`` of every layer that was used, of what this process has seen; shapes as in ``FactorSums``.
 
         Args:
             divisor: what the loss was divided by beside its reduction: the number of accumulated micro-batches over the
                 loss scale.
         """
-        found = {}
+        found: dict[str, tuple[Tensor | None, Tensor]] = {}
         for name, sums in self.sums.items():
-            if sums.inputs is not None and sums.gradients is not None:
-                found[name] = (sums.inputs / sums.positions, sums.gradients * (divisor**2 / max(self.examples, 1)))
+            if sums.gradients is not None:
+                inputs = sums.inputs / sums.positions if sums.inputs is not None else None
+                found[name] = inputs, sums.gradients * (divisor**2 / max(self.examples, 1))
         return found
 
     def _begin(self, model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -138,7 +139,11 @@ class Recorder:
             batch = current.batch
             # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
             with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-                seen = [self._inputs(layer, module, values.detach(), batch) for layer in layers]
+                seen = [
+                    layer.rule.input_sum(module, layer.part, values.detach(), batch, self.approximation)
+                    for layer in layers
+                ]
+            kept = values.detach() if any(layer.rule.needs_input for layer in layers) else None
 
             def gradient_hook(gradient: Tensor) -> None:
                 if not current.is_counted:
@@ -146,19 +151,16 @@ class Recorder:
                     self.examples += batch
                 with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                     for layer, (inputs, positions) in zip(layers, seen, strict=True):
-                        rows = layer.rule.gradients(module, layer.part, gradient.detach(), batch)
+                        total = layer.rule.gradient_sum(
+                            module, layer.part, kept, gradient.detach(), batch, self.approximation
+                        )
                         # of the loss of one example: the mean has divided it by their number
                         scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
-                        total = gradient_sum(rows, self.approximation).mul_(scale)
-                        self.sums[layer.name].add(inputs, positions, total)
+                        self.sums[layer.name].add(inputs, positions, total.mul_(scale))
 
             result.register_hook(gradient_hook)  # type: ignore[no-untyped-call]
 
         return forward_hook
-
-    def _inputs(self, layer: Layer, module: nn.Module, values: Tensor, batch: int) -> tuple[Tensor, int]:
-        rows = layer.rule.inputs(module, layer.part, values, batch)
-        return input_sum(rows, self.approximation, bias=layer.part.bias is not None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

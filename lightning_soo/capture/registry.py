@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_soo.capture.factors import gradient_sum, input_sum
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPart:
@@ -32,6 +34,8 @@ class LayerPart:
         weight, bias: names of the module's parameters.
         rows: of the weight as a matrix ``(outputs, inputs)``, and of the bias.
         transposed: whether the weight is stored as ``(inputs, outputs)``.
+        structure: ``"dense"``: two full factors; ``"diagonal"``: the input factor is one, ``(columns,)`` (embeddings);
+            ``"unit"``: no input factor, and for each output a small matrix between its scale and shift.
     """
 
     key: str = ""
@@ -40,6 +44,7 @@ class LayerPart:
     rows: tuple[int, int]
     inputs: int
     transposed: bool = False
+    structure: str = "dense"
 
     @property
     def outputs(self) -> int:
@@ -55,14 +60,30 @@ class LayerRule(ABC):
     """How one family of layers is captured.
 
     Attributes:
-        kinds: module classes; subclasses that change ``forward`` need a rule of their own, so the class must match.
+        kinds: module classes, or ``"module:name"`` of one whose package may not be there. The class must match exactly:
+            a subclass that changes ``forward`` needs a rule of its own.
+        needs_input: whether the gradient's sum needs the input once more (autograd keeps it anyway).
     """
 
-    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    kinds: ClassVar[tuple[type[nn.Module] | str, ...]]
+    needs_input: ClassVar[bool] = False
 
     @abstractmethod
     def parts(self, module: nn.Module) -> list[LayerPart]:
         """The parts of a module; none where it cannot be captured (:meth:`refusal` says why)."""
+
+    def input_sum(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
+    ) -> tuple[Tensor | None, int]:
+        """The input factor's sum and the number of rows in it, from the module's first argument."""
+        rows = self.inputs(module, part, values, batch)
+        return input_sum(rows, approximation, bias=part.bias is not None)
+
+    def gradient_sum(
+        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, approximation: str
+    ) -> Tensor:
+        """The gradient factor's sum; ``values`` is the first argument where ``needs_input``."""
+        return gradient_sum(self.gradients(module, part, gradient, batch), approximation)
 
     @abstractmethod
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
@@ -77,7 +98,7 @@ class LayerRule(ABC):
         return ""
 
 
-_RULES: dict[type[nn.Module], LayerRule] = {}
+_RULES: dict[type[nn.Module] | str, LayerRule] = {}
 
 
 def register(rule: LayerRule) -> None:
@@ -88,10 +109,11 @@ def register(rule: LayerRule) -> None:
 
 def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule of a module's class; None where there is none."""
-    return _RULES.get(type(module))
+    kind = type(module)
+    return _RULES.get(kind) or _RULES.get(f"{kind.__module__}:{kind.__qualname__}")
 
 
-def registered() -> Sequence[type[nn.Module]]:
+def registered() -> Sequence[type[nn.Module] | str]:
     """Classes that have a rule."""
     return tuple(_RULES)
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_soo.capture import convolution, linear
+from lightning_soo.capture import linear
 from lightning_soo.capture.recorder import Recorder, find_layers
 from lightning_soo.capture.registry import LayerPart, find_rule, register
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "kfac_mlp.npz")
-assert convolution and linear  # they register their rules
 
 
 def golden_net() -> nn.Sequential:
@@ -96,6 +95,83 @@ def test_rows_make_the_gradient_of_every_example(
             torch.testing.assert_close(gradients[index].T @ inputs[index], expected)
             if part.bias is not None:
                 torch.testing.assert_close(gradients[index].sum(0), module.bias.grad[part.rows[0] : part.rows[1]])
+
+
+NORMALIZATIONS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.LayerNorm(5), (4, 5)),
+    (nn.LayerNorm((4, 5), bias=False), (4, 5)),
+    (nn.RMSNorm(5, eps=1e-3), (5,)),
+    (nn.GroupNorm(2, 4), (4, 3, 3)),
+    (nn.BatchNorm1d(4), (4,)),
+    (nn.BatchNorm2d(4), (4, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), NORMALIZATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_scales_and_shifts(module: nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    """The sum over examples of ``(scale, shift) (scale, shift)^T`` of what autograd gives for each output alone."""
+    torch.manual_seed(0)
+    module = module.double().train(training)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        module.running_mean.uniform_()
+        module.running_var.uniform_(0.5, 2.0)
+        module.momentum = 0.0  # what the test itself calls must not move them
+    x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
+    recorder = Recorder(module, batch_reduction="sum")
+    output = module(x)
+    weights = torch.randn_like(output)
+    (output * weights).sum().backward()
+    inputs, found = recorder.factors()[""]
+    assert inputs is None
+    pairs = []
+    for index in range(6):
+        gradients = torch.autograd.grad((module(x) * weights)[index].sum(), list(module.parameters()))
+        pairs.append(torch.stack([gradient.flatten() for gradient in gradients], -1))
+    expected = torch.stack([pair[:, :, None] * pair[:, None, :] for pair in pairs]).mean(0)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embeddings_count(padding: int | None) -> None:
+    torch.manual_seed(0)
+    module = nn.Embedding(7, 3, padding_idx=padding).double()
+    tokens = torch.randint(0, 7, (4, 5))
+    rule = find_rule(module)
+    assert rule is not None
+    (part,) = rule.parts(module)
+    recorder = Recorder(module, batch_reduction="sum")
+    output = module(tokens)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    inputs, rows = rule.inputs(module, part, tokens, 4), rule.gradients(module, part, gradient, 4)
+    whole = torch.einsum("nto,nti->oi", rows, inputs)
+    torch.testing.assert_close(whole, matrix_of(part, module, "weight", module.weight.grad))
+    found, gradients = recorder.factors()[""]
+    dense = inputs.flatten(0, 1)
+    torch.testing.assert_close(torch.diag(found), dense.T @ dense / 20)
+    torch.testing.assert_close(gradients, torch.einsum("nti,ntj->ij", rows, rows) / 4)
+    assert find_layers(nn.Embedding(3, 2, max_norm=1.0))[1] == {
+        "": "an embedding with max_norm, scale_grad_by_freq or sparse gradients"
+    }
+
+
+def test_a_weight_that_is_stored_the_other_way_round() -> None:
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    module = transformers.Conv1D(3, 5).double()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    recorder = Recorder(module, batch_reduction="sum")
+    output = module(x)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    (layer,) = recorder.layers
+    rows = layer.rule.inputs(module, layer.part, x, 2).flatten(0, 1)
+    product = gradient.flatten(0, 1).T @ rows
+    torch.testing.assert_close(product, matrix_of(layer.part, module, "weight", module.weight.grad))
+    torch.testing.assert_close(recorder.factors()[""][0][:5, :5], rows.T @ rows / 8)
 
 
 class Net(nn.Module):

@@ -1,0 +1,84 @@
+"""Scales and shifts of normalisation layers: each channel's 2 x 2 Fisher of its two numbers (Osawa et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soo.capture.registry import LayerPart, LayerRule, register
+
+
+class NormalizationRule(LayerRule):
+    """``y = scale * normalised + shift``: a channel's two numbers are coupled with each other, not with other channels.
+
+    Exact between the two numbers of a channel, since gradients of whole examples are formed; ``expand`` and ``reduce``
+    are the same here.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module] | str, ...]] = (
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+    )
+    needs_input = True
+
+    def parts(self, module: Any) -> list[LayerPart]:
+        if module.weight is None:
+            return []
+        bias = "bias" if getattr(module, "bias", None) is not None else None
+        return [LayerPart(weight="weight", bias=bias, rows=(0, module.weight.numel()), inputs=1, structure="unit")]
+
+    def refusal(self, module: nn.Module) -> str:
+        return "a normalisation without a scale"
+
+    def input_sum(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
+    ) -> tuple[None, int]:
+        return None, 0
+
+    def gradient_sum(
+        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, approximation: str
+    ) -> Tensor:
+        assert values is not None
+        scales = (self.inputs(module, part, values, batch) * self.gradients(module, part, gradient, batch)).sum(1)
+        shifts = self.gradients(module, part, gradient, batch).sum(1)
+        pair = torch.stack([scales, shifts] if part.bias is not None else [scales], -1)
+        pair = pair.to(torch.float64 if pair.dtype == torch.float64 else torch.float32)
+        return torch.einsum("nci,ncj->cij", pair, pair)
+
+    def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
+        """The normalised input, ``(examples, positions, channels)``."""
+        return self._by_channel(module, _normalised(module, values), batch)
+
+    def gradients(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
+        return self._by_channel(module, values, batch)
+
+    def _by_channel(self, module: Any, values: Tensor, batch: int) -> Tensor:
+        channels = module.weight.numel()
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            if values.ndim > 2 and values.shape[0] != batch and values.shape[1] == batch:
+                values = values.transpose(0, 1)
+            rows = values.numel() // channels
+            return values.reshape(batch if batch > 0 and rows % batch == 0 else rows, -1, channels)
+        return values.reshape(values.shape[0], channels, -1).transpose(1, 2)
+
+
+def _normalised(module: Any, values: Tensor) -> Tensor:
+    """What the scale multiplies."""
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(values, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return nn.functional.rms_norm(values, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return nn.functional.group_norm(values, module.num_groups, eps=module.eps)
+    if module.training or module.running_mean is None:
+        return nn.functional.batch_norm(values, None, None, training=True, eps=module.eps)
+    return nn.functional.batch_norm(values, module.running_mean, module.running_var, eps=module.eps)
+
+
+register(NormalizationRule())
