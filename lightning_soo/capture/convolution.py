@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_soo.capture.factors import PIECE
 from lightning_soo.capture.registry import LayerPart, LayerRule, register
 
 
@@ -29,6 +30,21 @@ class ConvolutionRule(LayerRule):
             )
             for group in range(module.groups)
         ]
+
+    def input_sum(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
+    ) -> tuple[Tensor | None, int]:
+        """As of any layer, a few examples at a time: patches are as many times the input as the kernel has taps."""
+        if values.ndim == len(module.kernel_size) + 1:
+            values = values[None]
+        size = values[0].numel() * math.prod(module.kernel_size) * values.element_size()
+        total: Tensor | None = None
+        count = 0
+        for piece in torch.split(values, max(1, PIECE // max(size, 1))):
+            found, rows = super().input_sum(module, part, piece, len(piece), approximation)
+            assert found is not None
+            total, count = found if total is None else total.add_(found), count + rows
+        return total, count
 
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
         channels = module.in_channels // module.groups

@@ -16,7 +16,7 @@ from torch import Tensor
 
 APPROXIMATIONS = ("expand", "reduce")
 # rows of a Gram matrix are converted and multiplied in pieces of at most this many bytes
-_PIECE = 1 << 26
+PIECE = 1 << 26
 
 
 @dataclass
@@ -75,7 +75,7 @@ def gradient_sum(rows: Tensor, approximation: str) -> Tensor:
 
 def gram(rows: Tensor, *, out: Tensor) -> None:
     """Add ``rows^T rows`` to ``out``, in its precision and in pieces."""
-    size = max(1, _PIECE // max(1, rows.shape[1] * out.element_size()))
+    size = max(1, PIECE // max(1, rows.shape[1] * out.element_size()))
     for piece in torch.split(rows, size):
         wide = piece.to(out.dtype)
         out.addmm_(wide.T, wide)

@@ -12,7 +12,7 @@ from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, reg
 class LinearRule(LayerRule):
     """``y = W a + b`` at every position."""
 
-    kinds: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    kinds: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Linear,)
 
     def parts(self, module: Any) -> list[LayerPart]:
         bias = "bias" if module.bias is not None else None

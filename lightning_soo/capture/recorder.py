@@ -7,7 +7,7 @@ leave nothing, and a pass that activation checkpointing repeats is counted once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_soo.capture.factors import FactorSums
-from lightning_soo.capture.registry import LayerPart, LayerRule, find_rule
+from lightning_soo.capture.registry import LayerPart, LayerRule, Record, find_rule, tensors
 
 
 @dataclass
@@ -49,7 +49,10 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     """
     owners: dict[tuple[int, str], Layer] = {}
     reasons: dict[str, str] = {}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
+        if module in inside:
+            continue
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
         if not own:
             continue
@@ -57,11 +60,13 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
         if rule is None:
             reasons[name] = f"no rule for {type(module).__name__}"
             continue
+        if rule.covers_children:
+            inside.update(child for child in module.modules() if child is not module)
         parts = rule.parts(module)
         if not parts:
             reasons[name] = rule.refusal(module)
         for part in parts:
-            weight = getattr(module, part.weight)
+            weight = module.get_parameter(part.weight)
             key = id(weight), part.key
             known = owners.get(key)
             if known is None:
@@ -95,7 +100,7 @@ class Recorder:
             for module in layer.modules:
                 by_module.setdefault(module, []).append(layer)
         for module, layers in by_module.items():
-            self._hooks.append(module.register_forward_hook(self._hook(layers), with_kwargs=True))
+            self._hooks += layers[0].rule.watch(module, self._recording(module, layers))
         self.clear()
 
     def clear(self) -> None:
@@ -124,52 +129,34 @@ class Recorder:
 
     def _begin(self, model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Note how many examples this pass of the whole model has."""
-        tensor = next((t for t in _tensors((positional, named)) if t.ndim > 0), None)
+        tensor = next((t for t in tensors((positional, named)) if t.ndim > 0), None)
         self._pass = _Pass(batch=tensor.shape[0] if tensor is not None else 1)
 
-    def _hook(self, layers: list[Layer]) -> Callable[..., None]:
-        def forward_hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            if not self.recording or not torch.is_grad_enabled():
+    def _recording(self, module: nn.Module, layers: list[Layer]) -> Record:
+        def record(values: Tensor, result: Tensor, pick: Mapping[str, Callable[[Tensor], Tensor]] | None) -> None:
+            if not self.recording or not torch.is_grad_enabled() or not result.requires_grad:
                 return
-            values = next(_tensors((positional, named)), None)
-            result = next((t for t in _tensors(output) if t.requires_grad), None)
-            if values is None or result is None:
-                return
+            used = layers if pick is None else [layer for layer in layers if layer.part.key in pick]
             current = self._pass or _Pass(batch=values.shape[0])  # a part of the model was called by itself
-            batch = current.batch
+            batch, values = current.batch, values.detach()
             # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
             with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-                seen = [
-                    layer.rule.input_sum(module, layer.part, values.detach(), batch, self.approximation)
-                    for layer in layers
-                ]
-            kept = values.detach() if any(layer.rule.needs_input for layer in layers) else None
+                seen = [layer.rule.input_sum(module, layer.part, values, batch, self.approximation) for layer in used]
+            kept = values if any(layer.rule.needs_input for layer in used) else None
 
             def gradient_hook(gradient: Tensor) -> None:
                 if not current.is_counted:
                     current.is_counted = True
                     self.examples += batch
+                # of the loss of one example: the mean has divided it by their number
+                scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
+                gradient = gradient.detach()
                 with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                    for layer, (inputs, positions) in zip(layers, seen, strict=True):
-                        total = layer.rule.gradient_sum(
-                            module, layer.part, kept, gradient.detach(), batch, self.approximation
-                        )
-                        # of the loss of one example: the mean has divided it by their number
-                        scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
+                    for layer, (inputs, positions) in zip(used, seen, strict=True):
+                        own = gradient if pick is None else pick[layer.part.key](gradient)
+                        total = layer.rule.gradient_sum(module, layer.part, kept, own, batch, self.approximation)
                         self.sums[layer.name].add(inputs, positions, total.mul_(scale))
 
             result.register_hook(gradient_hook)  # type: ignore[no-untyped-call]
 
-        return forward_hook
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested arguments, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
+        return record

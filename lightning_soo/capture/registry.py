@@ -14,13 +14,18 @@ A user extends it in a few lines::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_soo.capture.factors import gradient_sum, input_sum
+
+# A use of a layer: its input, its output, and of the output's gradient what belongs to each of the parts that were used
+# (None: all of it, to all parts).
+Record = Callable[[Tensor, Tensor, Mapping[str, Callable[[Tensor], Tensor]] | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,8 @@ class LayerPart:
     Attributes:
         key: what follows the module's name where it has several parts, else empty.
         weight, bias: names of the module's parameters.
-        rows: of the weight as a matrix ``(outputs, inputs)``, and of the bias.
+        rows: of the weight as a matrix ``(outputs, inputs)``.
+        bias_rows: of the bias; None is ``rows``.
         transposed: whether the weight is stored as ``(inputs, outputs)``.
         structure: ``"dense"``: two full factors; ``"diagonal"``: the input factor is one, ``(columns,)`` (embeddings);
             ``"unit"``: no input factor, and for each output a small matrix between its scale and shift.
@@ -42,6 +48,7 @@ class LayerPart:
     weight: str
     bias: str | None
     rows: tuple[int, int]
+    bias_rows: tuple[int, int] | None = None
     inputs: int
     transposed: bool = False
     structure: str = "dense"
@@ -62,11 +69,13 @@ class LayerRule(ABC):
     Attributes:
         kinds: module classes, or ``"module:name"`` of one whose package may not be there. The class must match exactly:
             a subclass that changes ``forward`` needs a rule of its own.
+        covers_children: whether modules inside it are part of it and are not looked at by themselves.
         needs_input: whether the gradient's sum needs the input once more (autograd keeps it anyway).
     """
 
     kinds: ClassVar[tuple[type[nn.Module] | str, ...]]
     needs_input: ClassVar[bool] = False
+    covers_children: ClassVar[bool] = False
 
     @abstractmethod
     def parts(self, module: nn.Module) -> list[LayerPart]:
@@ -92,6 +101,17 @@ class LayerRule(ABC):
     @abstractmethod
     def gradients(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
         """Gradients of what the rows give: ``(examples, positions, part.outputs)`` of the output's gradient."""
+
+    def watch(self, module: nn.Module, record: Record) -> list[RemovableHandle]:
+        """Hang hooks on ``module`` that call ``record`` for each use; by default the first argument and the output."""
+
+        def forward_hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            values = next(tensors((positional, named)), None)
+            result = next((tensor for tensor in tensors(output) if tensor.requires_grad), None)
+            if values is not None and result is not None:
+                record(values, result, None)
+
+        return [module.register_forward_hook(forward_hook, with_kwargs=True)]
 
     def refusal(self, module: nn.Module) -> str:
         """Why a module of this family has no parts; empty where it has."""
@@ -130,3 +150,15 @@ def by_example(values: Tensor, batch: int) -> Tensor:
     if batch < 1 or rows % batch:
         batch = rows
     return values.reshape(batch, -1, values.shape[-1])
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested arguments, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors(entry)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_soo.capture import linear
+from lightning_soo.capture import convolution, linear
 from lightning_soo.capture.recorder import Recorder, find_layers
 from lightning_soo.capture.registry import LayerPart, find_rule, register
 
@@ -97,6 +97,25 @@ def test_rows_make_the_gradient_of_every_example(
                 torch.testing.assert_close(gradients[index].sum(0), module.bias.grad[part.rows[0] : part.rows[1]])
 
 
+def test_convolutions_are_summed_a_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(3, 2, 3, padding=1).double()
+    x = torch.randn(7, 3, 5, 5, dtype=torch.float64)
+    rule = find_rule(module)
+    assert rule is not None
+    (part,) = rule.parts(module)
+    rows = rule.inputs(module, part, x, 7)
+    calls: list[int] = []
+    monkeypatch.setattr(convolution, "PIECE", 2 * 75 * 9 * 8)  # two examples
+    inside = type(rule).inputs
+    monkeypatch.setattr(type(rule), "inputs", lambda *a: (calls.append(len(a[3])), inside(*a))[1])
+    for approximation, expected in (("expand", rows.flatten(0, 1)), ("reduce", rows.mean(1))):
+        found, count = rule.input_sum(module, part, x, 7, approximation)
+        assert found is not None and count == len(expected)
+        torch.testing.assert_close(found[:27, :27], expected.T @ expected)
+        torch.testing.assert_close(found[27], torch.cat([expected.sum(0), torch.tensor([1.0 * count])]).double())
+    assert calls == [2, 2, 2, 1] * 2
+
+
 NORMALIZATIONS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.LayerNorm(5), (4, 5)),
     (nn.LayerNorm((4, 5), bias=False), (4, 5)),
@@ -172,6 +191,87 @@ def test_a_weight_that_is_stored_the_other_way_round() -> None:
     product = gradient.flatten(0, 1).T @ rows
     torch.testing.assert_close(product, matrix_of(layer.part, module, "weight", module.weight.grad))
     torch.testing.assert_close(recorder.factors()[""][0][:5, :5], rows.T @ rows / 8)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["self", "memory", "three", "other widths"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_attention(kind: str, batch_first: bool, approximation: str) -> None:
+    """Against the same attention written out with four linear layers, which are captured by themselves."""
+    torch.manual_seed(0)
+    widths = {"kdim": 5, "vdim": 7} if kind == "other widths" else {}
+    module = nn.MultiheadAttention(6, 2, batch_first=batch_first, **widths).double()
+    nn.init.normal_(module.in_proj_bias)
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            biases = module.in_proj_bias.chunk(3)
+            packed = module.in_proj_weight
+            weights = (
+                packed.chunk(3)
+                if packed is not None
+                else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+            )
+            for name, weight, bias in zip("qkv", weights, biases, strict=True):
+                linear = nn.Linear(weight.shape[1], 6).double()
+                linear.weight.data.copy_(weight)
+                linear.bias.data.copy_(bias)
+                setattr(self, name, linear)
+            self.out = nn.Linear(6, 6).double()
+            self.out.load_state_dict(module.out_proj.state_dict())
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            heads = [
+                layer(x).unflatten(-1, (2, 3)).transpose(1, 2)
+                for layer, x in zip((self.q, self.k, self.v), (query, key, value), strict=True)
+            ]
+            mixed = nn.functional.scaled_dot_product_attention(*heads)
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    query = torch.randn(3, 4, 6, dtype=torch.float64)
+    memory = torch.randn(3, 5, 6, dtype=torch.float64)
+    arguments = {
+        "self": (query, query, query),
+        "memory": (query, memory, memory),
+        "three": (query, memory, memory.sin()),
+        "other widths": (query, memory[..., :5], torch.cat([memory, memory[..., :1]], -1)),
+    }[kind]
+    written = Written()
+    expected = Recorder(written, approximation=approximation)
+    output = written(*arguments)
+    output.sin().mean().backward()
+    if not batch_first:
+        arguments = tuple(argument.transpose(0, 1) for argument in arguments)
+        if kind == "self":
+            arguments = (arguments[0],) * 3
+        elif kind == "memory":
+            arguments = (arguments[0], arguments[1], arguments[1])
+
+    class Root(nn.Module):  # the model sees examples first, as models do
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = module
+
+        def forward(self, query: Tensor) -> Tensor:
+            return self.attention(*arguments, need_weights=False)[0]
+
+    root = Root()
+    found = Recorder(root, approximation=approximation)
+    again = root(query)
+    torch.testing.assert_close(again if batch_first else again.transpose(0, 1), output)
+    again.sin().mean().backward()
+    assert nn.functional.linear is torch._C._nn.linear
+    wanted = {f"attention/{name}": factors for name, factors in expected.factors().items()}
+    assert_same(found.factors(), wanted)
+
+
+def test_an_attention_that_fails_leaves_nothing_patched() -> None:
+    module = nn.MultiheadAttention(6, 2)
+    recorder = Recorder(module)
+    with pytest.raises((RuntimeError, AssertionError)):
+        module(torch.zeros(2, 3, 6), torch.zeros(2, 3, 5), torch.zeros(2, 3, 6))
+    assert nn.functional.linear is torch._C._nn.linear and recorder.factors() == {}
 
 
 class Net(nn.Module):
