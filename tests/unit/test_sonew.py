@@ -123,9 +123,10 @@ def test_bad_gradients() -> None:
     assert torch.isfinite(parameters(net)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("statistics_dtype", [None, "bfloat16"])
-def test_bfloat16_parameters(statistics_dtype: str | None) -> None:
-    net, reference = Net().bfloat16(), Net()
+def test_half_precision_parameters(statistics_dtype: str | None, dtype: torch.dtype) -> None:
+    net, reference = Net().to(dtype), Net()
     optimizer = SONew(net, lr=0.01, statistics_dtype=statistics_dtype, start_preconditioning_step=4)
     train(optimizer, net, 0, 30)
     train(SONew(reference, lr=0.01, start_preconditioning_step=4), reference, 0, 30)
