@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_soo import SONew
 from lightning_soo.optim.banded_work import Work
+from lightning_soo.preconditioners import banded_fused
 from lightning_soo.preconditioners.banded_host import HostRuns
 
 if importlib.util.find_spec("triton") is None:
@@ -204,6 +205,25 @@ def test_what_it_cannot_do_is_refused(kernels: ModuleType) -> None:
             values.double(), values.double(), bands.double(), start=0, chain_length=5, owned=(0, 10), beta1=0.9,
             decay=0.9, weight=0.1, scale=1.0, graft_eps=0.0, ridge=0.0, gamma=0.0,
         )  # fmt: skip
+
+
+def test_without_triton_it_says_so_once_and_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("banded_triton", "banded_kernels_triton"):
+        monkeypatch.delitem(sys.modules, f"lightning_soo.preconditioners.{name}", raising=False)
+    banded_fused.load_kernels.cache_clear()
+    parameters = [nn.Parameter(torch.randn(4, 5, device=DEVICE)) for _ in range(2)]
+    optimizer = SONew(parameters, start_preconditioning_step=1)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    banded_fused.load_kernels.cache_clear()
+    assert caplog.text.count("no triton") == 1
+    assert all(torch.isfinite(parameter).all() for parameter in parameters)
 
 
 @runs_here
