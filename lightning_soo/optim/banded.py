@@ -19,7 +19,7 @@ from lightning_soo.placement.chains import Halos
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.banded import direction
-from lightning_soo.preconditioners.banded_host import HostRuns
+from lightning_soo.preconditioners.banded_fused import FusedRuns
 
 
 class BandedOptimizer(SecondOrderOptimizer):
@@ -76,25 +76,15 @@ class BandedOptimizer(SecondOrderOptimizer):
         works = self._extend(part, chained)
         peaks = self._peaks(part, works)
         squares: list[Tensor] = []
-        moved: list[Member] = []
+        moved: list[tuple[Member, float]] = []  # and the units of its graft's square
         starts = self.steps >= self.options.start
-        together = HostRuns()
-        fused = [work for work in works if starts and work.is_fused(self.options)]
-        for work in fused:
-            work.member.scale = 1.0
-            work.join(together, peaks, self.options)
-            moved.append(work.member)
-        for work, (square, graft_square) in zip(fused, together.carry_out(), strict=True):
-            squares += work.leave(square, graft_square)
-        taken = set(map(id, fused))
-        for work in works:
-            if id(work) in taken:
-                continue
+        separate = self._carry_out(works, peaks, squares, moved) if starts else works
+        for work in separate:
             work.member.scale = 1.0
             ridge = work.ridge(peaks, self.options)
             if starts and work.is_one_sweep:
                 squares += work.sweep(ridge, self.options)
-                moved.append(work.member)
+                moved.append((work.member, 1.0))
                 continue
             work.observe()
             graft = work.graft()
@@ -106,10 +96,41 @@ class BandedOptimizer(SecondOrderOptimizer):
             found = direction(work.statistics.bands, work.vector, ridge=ridge, gamma=self.options.edge_gamma)[work.own]
             squares.append(squared_norm(found) if counted else NOTHING)
             work.member.gradient.copy_(found.view_as(work.member.gradient))
-            moved.append(work.member)
+            moved.append((work.member, 1.0))
         values = self._totals(squares)
-        for member, graft_square, square in zip(moved, values[::2], values[1::2], strict=True):
-            member.scale = (graft_square / square) ** 0.5 if 0.0 < square < float("inf") else 0.0
+        for (member, units), graft_square, square in zip(moved, values[::2], values[1::2], strict=True):
+            member.scale = (graft_square * units / square) ** 0.5 if 0.0 < square < float("inf") else 0.0
+
+    def _carry_out(
+        self,
+        works: list[Work],
+        peaks: dict[tuple[str, int], float],
+        squares: list[Tensor],
+        moved: list[tuple[Member, float]],
+    ) -> list[Work]:
+        """Take the steps for which there is compiled code, those of a device together; return the other works.
+
+        Args:
+            squares: receives sums of squares of the graft and of the direction; not waited for.
+            moved: receives the members, and the units of their grafts' squares.
+        """
+        together: dict[tuple[torch.device, type[FusedRuns]], tuple[FusedRuns, list[Work]]] = {}
+        separate = []
+        for work in works:
+            kind = work.kind_of_runs(self.options)
+            if kind is None:
+                separate.append(work)
+                continue
+            runs, joined = together.setdefault((work.bands.device, kind), (kind(), []))
+            work.member.scale = 1.0
+            work.join(runs, peaks, self.options)
+            joined.append(work)
+        for runs, joined in together.values():
+            sums = torch.as_tensor(runs.carry_out(), dtype=torch.float64)
+            for work, (square, graft_square) in zip(joined, sums, strict=True):
+                squares += [graft_square, square]
+                moved.append((work.member, work.leave()))
+        return separate
 
     def _extend(self, part: int, members: list[Member]) -> list[Work]:
         """Each member's gradient, momentum and bands, with the neighbours that a cut has taken away."""

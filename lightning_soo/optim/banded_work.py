@@ -12,9 +12,8 @@ from lightning_soo.optim.members import Member
 from lightning_soo.optim.options import SONewOptions
 from lightning_soo.optim.runs import band_buffer
 from lightning_soo.placement.chains import extended
-from lightning_soo.preconditioners import banded_host
 from lightning_soo.preconditioners.banded import BandedStatistics
-from lightning_soo.preconditioners.banded_host import HostRuns
+from lightning_soo.preconditioners.banded_fused import FusedRuns, kind_of_runs
 from lightning_soo.preconditioners.tridiagonal import compiler_works, tridiagonal_step
 
 NOTHING = torch.tensor(0.0, dtype=torch.float64)
@@ -150,17 +149,18 @@ class Work:
             graft = graft / (1.0 - beta1 ** float(self.step)) ** 2
         return [graft, moved] if counts else [NOTHING, NOTHING]
 
-    def is_fused(self, options: SONewOptions) -> bool:
-        """Whether compiled code takes this step, with all others of its kind at once."""
+    def kind_of_runs(self, options: SONewOptions) -> type[FusedRuns] | None:
+        """Compiled code that takes this step with all others of its device at once, if there is any."""
         if options.fused is False or (options.compiled and self.is_one_sweep):
-            return False
-        return banded_host.is_possible(self.gradient, self.filtered, self.statistics.bands)
+            return None
+        return kind_of_runs(self.gradient, self.filtered, self.statistics.bands)
 
-    def join(self, together: HostRuns, peaks: dict[tuple[str, int], float], options: SONewOptions) -> None:
+    def join(self, together: FusedRuns, peaks: dict[tuple[str, int], float], options: SONewOptions) -> None:
         """Put this step with the others'."""
         statistics = self.statistics
         # the statistics are still those before this step
-        chains = self._chain_ridges(peaks, options) if peaks or not options.relative_eps else None
+        is_cut = any(name == self.member.name for name, _ in peaks)
+        chains = self._chain_ridges(peaks, options) if is_cut or not options.relative_eps else None
         self._count()
         together.add(
             self.gradient,
@@ -168,7 +168,8 @@ class Work:
             statistics.bands,
             start=statistics.start,
             chain_length=statistics.chain_length,
-            owned=(self.left, self.left + self.size),
+            # others count these elements: zeros, where what is added up lies
+            owned=(self.left, self.left + (self.size if self.member.counts else 0)),
             beta1=self.member.group["betas"][0],
             decay=self.decay,
             weight=self.weight,
@@ -183,19 +184,18 @@ class Work:
         """What the graft's ratio is multiplied by: ``sqrt(d / correction) / scale = sqrt(d) / unit``."""
         return self.statistics.scale * (self.run.weight**0.5 if self.use_correction else 1.0)
 
-    def leave(self, square: float, graft_square: float) -> list[Tensor]:
-        """Take what is this rank's back from a run with a halo; the squares of the graft and of the direction."""
+    def leave(self) -> float:
+        """Take what is this rank's back from a run with a halo; what the graft's sum of squares is multiplied by.
+
+        The same on all ranks, so it may wait until their sums are added up, and costs a device nothing.
+        """
         if self.statistics.bands is not self.bands:
             self.bands.copy_(self.statistics.bands[:, self.own])
             self.moment.copy_(self.filtered[self.own])
         if self.gradient.data_ptr() != self.member.gradient.data_ptr():
             self.member.gradient.copy_(self.gradient[self.own].view_as(self.member.gradient))
-        if not self.member.counts:
-            return [NOTHING, NOTHING]
-        beta1 = self.member.group["betas"][0]
-        correction = 1.0 - beta1 ** float(self.step) if self.use_correction else 1.0
-        values = torch.tensor([graft_square * (self._unit / correction) ** 2, square], dtype=torch.float64)
-        return list(values.unbind())
+        correction = 1.0 - self.member.group["betas"][0] ** float(self.step) if self.use_correction else 1.0
+        return (self._unit / correction) ** 2
 
     def ridge(self, peaks: dict[tuple[str, int], float], options: SONewOptions) -> Tensor | float:
         """What is added to the diagonal, in its units: one number, or one for each element."""
@@ -212,12 +212,15 @@ class Work:
 
     def _chain_ridges(self, peaks: dict[tuple[str, int], float], options: SONewOptions) -> Tensor:
         """The ridge of every chain that the run touches, where a chain is cut with the other ranks' peaks."""
-        statistics = self.statistics
-        tops = banded.chain_peaks(statistics.bands, statistics.start, statistics.chain_length)
-        tops = tops.to(statistics.compute_dtype)
+        statistics, length = self.statistics, self.statistics.chain_length
         if not options.relative_eps:
-            return tops.fill_(float(self._absolute_ridge(options)))
-        first = statistics.start // statistics.chain_length
+            last = statistics.start + statistics.bands.shape[1] - 1
+            count = last // length - statistics.start // length + 1 if statistics.bands.shape[1] else 0
+            return statistics.bands.new_full(
+                (count,), float(self._absolute_ridge(options)), dtype=statistics.compute_dtype
+            )
+        tops = banded.chain_peaks(statistics.bands, statistics.start, length).to(statistics.compute_dtype)
+        first = statistics.start // length
         for (name, chain), value in peaks.items():
             if name == self.member.name and first <= chain < first + tops.numel():
                 tops[chain - first] = value

@@ -106,7 +106,8 @@ class DirectedOptimizer(StatefulOptimizer):
         """Sums over the ranks that share one copy of the model; the same bits on all ranks."""
         if not squares:
             return []
-        device = next((value.device for value in squares if value is not _ZERO), _ZERO.device)
+        # zeros of what this rank lacks lie on the host, and bringing the others there would wait for each of them
+        device = next((value.device for value in squares if value.device != _ZERO.device), _ZERO.device)
         values = torch.stack([value.to(device) for value in squares])
         if self._plan is not None and self._plan.table.shards > 1:
             values = self._transport.total(values)

@@ -41,7 +41,8 @@ class SONew(BandedOptimizer):
         statistics_dtype: None is float32, or float64 for float64 parameters; ``torch.bfloat16`` rounds
             stochastically.
         fused: take the step in one call of compiled code for all parameters: on a CPU, up to four neighbours, built
-            at the first step (seconds; needs a C++ compiler). None is where that is possible, False never.
+            at the first step (seconds; needs a C++ compiler); on a GPU in a few launches, up to one neighbour and
+            float32 statistics (needs triton). None is where that is possible, False never.
         compiled: let ``torch.compile`` fuse the tridiagonal step instead (a minute at the first step).
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
         overrides: exceptions by name pattern or module class: ``[{"match": "embed", "method": "none"}]``.

@@ -1,167 +1,239 @@
-"""SONew with one neighbour as one kernel on a GPU: statistics, factor and direction (Devvrit et al. 2023, 2311.10085).
+"""SONew's step on a GPU for all parameters at once, in place (Devvrit et al. 2023, arXiv 2311.10085).
 
-Import it only where triton is installed (it comes with CUDA builds of torch). Per element 16 bytes are read and 16
-written in float32, as in :mod:`lightning_soo.preconditioners.tridiagonal`.
+Import it only where triton is installed (it comes with CUDA builds of torch). The mathematics is that of
+:mod:`lightning_soo.linalg.banded` with at most one neighbour, which tests hold this against.
 
-Why no program can read what another has already changed. A direction needs the *new* momentum and statistics of both
-neighbours. A program owns ``BLOCK`` elements and recomputes those of the one before and the one after from the old
-arrays and the gradient. Nothing it reads is written by the launch: the new arrays are other memory than the old ones
-(checked), and every element of them is stored by the one program that owns it. So programs may run in any order, and
-rows need no program of their own. Updating in place would need a barrier across the grid, or a second launch that
-reads 12 bytes per element again; the second set of arrays is what that costs, and it is swapped in, not copied.
+Per element with one neighbour and float32, 16 bytes are read (gradient, momentum, two bands) and 16 written (momentum,
+two bands, and the direction over the gradient); 24 in all with half-precision gradients; 8 fewer without a neighbour.
+Chains above ``_LONGEST`` read their diagonal twice where the ridge is relative. State: two bands and the momentum, 12
+bytes (10 in half precision); nothing else is kept but 16 bytes for each program, about one in a thousand elements.
+
+Why programs may run in any order. A direction needs the *new* statistics of both neighbours, which are computed a
+second time from the old ones rather than waited for. Work is cut at ends of chains, so that all neighbours lie in the
+same program, which loads everything before it stores anything. A chain that is too long for one program is cut into
+pieces; the elements next to each piece, and the largest diagonal of each such chain, are set aside by a launch before.
 """
 
 from __future__ import annotations
+
+import struct
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_soo.preconditioners.banded import BandedStatistics
+from lightning_soo.preconditioners.banded_kernels_triton import HALO, add_up, set_aside, step
 
-_ONE, _PER_ELEMENT, _PER_CHAIN = 0, 1, 2
-_BLOCK = 1024
+# Longest chain that one program holds; longer ones are cut into pieces of _TILE.
+_LONGEST = 2048
+_TILE = 1024
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_ROW = struct.Struct("10q7d")
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _advance(  # type: ignore[no-untyped-def]
-    gradient, momentum, bands, ridge, at, valid, n, start, chain_length, complement, decay, weight, scale, floor,
-    RIDGE: tl.constexpr,
-):  # fmt: skip
-    """New momentum, second moment, and second moment with its ridge, of elements ``at``; and their scaled gradient."""
-    value = tl.load(gradient + at, mask=valid, other=0.0).to(tl.float32)
-    first = tl.load(momentum + at, mask=valid, other=0.0)
-    second = tl.load(bands + at, mask=valid, other=0.0)
-    first += (value - first) * complement
-    value *= scale
-    second = second * decay + weight * value * value
-    if RIDGE == 0:
-        added = tl.load(ridge)
-    elif RIDGE == 1:
-        added = tl.load(ridge + at, mask=valid, other=1.0)
-    else:
-        chain = (start + at) // chain_length - start // chain_length
-        added = tl.load(ridge + chain, mask=valid, other=1.0)
-    return value, first, second, second + tl.maximum(added, floor)
+# In the interpreter kernels read the host's memory, else a GPU's; triton decides when it is imported.
+INTERPRETED = not isinstance(step, triton.JITFunction)
 
 
-@triton.jit
-def _couple(  # type: ignore[no-untyped-def]
-    bands, at, valid, n, start, chain_length, decay, weight, gamma,
-    value, first, diagonal, next_value, next_first, next_diagonal,
-):  # fmt: skip
-    """New coupling of ``at`` with its right neighbour; its coefficient ``psi``; and ``(D L^T m)`` there."""
-    coupled = valid & (at + 1 < n) & ((start + at) % chain_length != chain_length - 1)
-    coupling = tl.load(bands + n + at, mask=coupled, other=0.0)
-    coupling = tl.where(coupled, coupling * decay + weight * value * next_value, 0.0)
-    psi = coupling / next_diagonal
-    residual = diagonal - psi * coupling
-    keep = residual > gamma * diagonal
-    psi = tl.where(keep, psi, 0.0)
-    return coupling, psi, (first - psi * next_first) / tl.where(keep, residual, diagonal)
+class _Shape(NamedTuple):
+    """What the programs of a run depend on."""
+
+    n: int
+    base: int  # of the run's start in its chain
+    chain_length: int
+    dtype: torch.dtype
+    given: bool  # ridges, one for each chain
+    coupled: bool
+
+    @property
+    def cut(self) -> bool:
+        return self.chain_length > _LONGEST
+
+    @property
+    def columns(self) -> int:
+        return _TILE if self.cut else 1 << max(self.chain_length - 1, 0).bit_length()
+
+    @property
+    def chains(self) -> int:
+        return -(-(self.base + self.n) // self.chain_length) if self.n else 0
+
+    def positions(self) -> Tensor:
+        """First element of each program, counted from the beginning of the run's first chain."""
+        chains = torch.arange(self.chains, device="cpu") * self.chain_length
+        if not self.cut:
+            return chains[:: max(_TILE // self.columns, 1)]
+        pieces = (
+            chains[:, None] + torch.arange(0, min(self.chain_length, self.base + self.n), _TILE, device="cpu")
+        ).flatten()
+        ends = torch.minimum(pieces + _TILE, (pieces // self.chain_length + 1) * self.chain_length)
+        return pieces[(ends > self.base) & (pieces < self.base + self.n)]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]
-    gradient, momentum, bands, ridge, new_momentum, new_bands, out, sums,
-    n, start, chain_length, begin, end, complement, decay, weight, scale, floor, denominator_eps, gamma,
-    RIDGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    before, after = at - 1, at + 1
-    here_valid, before_valid, after_valid = at < n, (before >= 0) & (before < n), after < n
+@dataclass
+class _Plan:
+    """Programs of all runs.
 
-    before_value, before_first, _before_second, before_diagonal = _advance(
-        gradient, momentum, bands, ridge, before, before_valid, n, start, chain_length,
-        complement, decay, weight, scale, floor, RIDGE,
-    )  # fmt: skip
-    value, first, second, diagonal = _advance(
-        gradient, momentum, bands, ridge, at, here_valid, n, start, chain_length,
-        complement, decay, weight, scale, floor, RIDGE,
-    )  # fmt: skip
-    after_value, after_first, _after_second, after_diagonal = _advance(
-        gradient, momentum, bands, ridge, after, after_valid, n, start, chain_length,
-        complement, decay, weight, scale, floor, RIDGE,
-    )  # fmt: skip
-    _, before_psi, before_inner = _couple(
-        bands, before, before_valid, n, start, chain_length, decay, weight, gamma,
-        before_value, before_first, before_diagonal, value, first, diagonal,
-    )  # fmt: skip
-    coupling, _, inner = _couple(
-        bands, at, here_valid, n, start, chain_length, decay, weight, gamma,
-        value, first, diagonal, after_value, after_first, after_diagonal,
-    )  # fmt: skip
-    direction = inner - before_psi * before_inner
-    tl.store(new_momentum + at, first, mask=here_valid)
-    tl.store(new_bands + at, second, mask=here_valid)
-    tl.store(new_bands + n + at, coupling, mask=here_valid)
-    tl.store(out + at, direction, mask=here_valid)
-
-    # one partial sum per program, added up in a fixed order: atomics would differ between runs
-    owned = here_valid & (at >= begin) & (at < end)
-    graft = first / (tl.sqrt(second) + denominator_eps)
-    direction = tl.where(owned, direction, 0.0)
-    graft = tl.where(owned, graft, 0.0)
-    tl.store(sums + 2 * program, tl.sum(direction * direction, axis=0))
-    tl.store(sums + 2 * program + 1, tl.sum(graft * graft, axis=0))
-
-
-def tridiagonal_step(
-    statistics: BandedStatistics,
-    gradient: Tensor,
-    momentum: Tensor,
-    *,
-    new_bands: Tensor,
-    new_momentum: Tensor,
-    beta1: float,
-    decay: float,
-    weight: float,
-    magnitude: float,
-    correction: float,
-    eps: float,
-    ridge: Tensor,
-    gamma: float,
-    out: Tensor,
-    owned: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`lightning_soo.preconditioners.tridiagonal.tridiagonal_step`, into a second set of arrays.
-
-    Args:
-        statistics: of bandwidth 1, float32. Its ``bands`` becomes ``new_bands``.
-        gradient: ``(n,)``, any floating dtype; contiguous, as all arrays are.
-        new_bands: ``(2, n)`` float32, overwritten; the old bands afterwards are free to be the next step's.
-        momentum, new_momentum: ``(n,)`` float32; read, and overwritten.
-        ridge: on the device: 0-dim, one per chain of the run (as :func:`~lightning_soo.linalg.banded.chain_peaks`
-            returns them: nothing of the run's length is read), or ``(n,)``.
-        magnitude, owned, and the rest: as there.
-
-    Returns:
-        The old bands, and the two float64 sums of squares.
+    Attributes:
+        programs: ``(programs, 2)``: run and position; those of a launch, and in it those of a run, side by side.
+        spans: ``(runs, 2)``: first program, number of programs.
+        launches: one of the runs, and first and last program; those of cut chains come first.
+        pieces: programs of cut chains.
     """
-    bands, n = statistics.bands, gradient.shape[0]
-    arrays = (bands, momentum, new_bands, new_momentum, out)
-    if bands.shape[0] != 2 or any(array.dtype != torch.float32 for array in arrays):
-        raise ValueError("the kernel is for bandwidth 1 and float32 statistics, momentum and direction")
-    if not all(array.is_contiguous() for array in (*arrays, gradient, ridge)):
-        raise ValueError("the kernel needs contiguous arrays")
-    if len({array.data_ptr() for array in arrays if array.numel()}) != (len(arrays) if n else 0):
-        raise ValueError("new_bands, new_momentum and out must not be the arrays that the kernel reads")
-    statistics.rescale(decay=decay, magnitude=magnitude)
-    statistics.observations += 1
-    unit = statistics.scale * correction**0.5
-    begin, end = owned if owned is not None else (0, n)
-    kind = _ONE if ridge.ndim == 0 else _PER_ELEMENT if ridge.shape[0] == n else _PER_CHAIN
-    programs = triton.cdiv(n, _BLOCK)
-    sums = torch.zeros(programs, 2, dtype=torch.float32, device=bands.device)
-    if n:
-        _kernel[(programs,)](
-            gradient, momentum, bands, ridge, new_momentum, new_bands, out, sums,
-            n, statistics.start, statistics.chain_length, begin, end,
-            1.0 - beta1, decay, weight, statistics.scale, torch.finfo(torch.float32).tiny, unit * eps, gamma,
-            RIDGE=kind, BLOCK=_BLOCK,
-        )  # fmt: skip
-    statistics.bands = new_bands
-    totals = sums.sum(0, dtype=torch.float64)
-    return bands, totals[0], totals[1] * unit**2
+
+    programs: Tensor
+    spans: Tensor
+    launches: list[tuple[_Shape, int, int]]
+    pieces: int
+
+
+@lru_cache(maxsize=8)  # as many sets of parameters that move together; in training there is one for each part of a step
+def _plan(shapes: tuple[_Shape, ...], device: torch.device) -> _Plan:
+    def kind(index: int) -> tuple[Any, ...]:
+        shape = shapes[index]
+        return (not shape.cut, shape.columns, str(shape.dtype), shape.given, shape.coupled)
+
+    host = torch.device("cpu")  # whatever the default device is
+    spans = torch.zeros(len(shapes), 2, dtype=torch.int64, device=host)
+    programs = [spans[:0]]
+    launches: list[tuple[_Shape, int, int]] = []
+    count = pieces = 0
+    previous = None
+    for index in sorted((index for index, shape in enumerate(shapes) if shape.n), key=kind):
+        positions = shapes[index].positions()
+        programs.append(torch.stack([torch.full_like(positions, index), positions], 1))
+        spans[index, 0], spans[index, 1] = count, positions.numel()
+        begin = count
+        if kind(index) == previous:
+            begin = launches.pop()[1]
+        previous, count = kind(index), count + positions.numel()
+        launches.append((shapes[index], begin, count))
+        pieces = count if shapes[index].cut else pieces
+    return _Plan(torch.cat(programs).to(device), spans.to(device), launches, pieces)
+
+
+class DeviceRuns:
+    """The parameters of one step on one device, added one by one and then carried out together."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[Any]] = []
+        self._shapes: list[_Shape] = []
+        self._kept: list[tuple[Tensor | None, ...]] = []
+        self._device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(
+        self,
+        gradient: Tensor,
+        momentum: Tensor,
+        bands: Tensor,
+        *,
+        start: int,
+        chain_length: int,
+        owned: tuple[int, int],
+        beta1: float,
+        decay: float,
+        weight: float,
+        scale: float,
+        graft_eps: float,
+        ridge: Tensor | float,
+        gamma: float,
+    ) -> None:
+        """Add one run, as :meth:`.banded_host.HostRuns.add` does.
+
+        Raises:
+            ValueError: arrays that :func:`is_possible` refuses, or on another device than those before.
+        """
+        if not is_possible(gradient, momentum, bands):
+            raise ValueError(f"no kernel for {gradient.dtype} gradients and {tuple(bands.shape)} {bands.dtype}")
+        if self._rows and bands.device != self._device:
+            raise ValueError(f"runs on {bands.device} and {self._device}: each device needs its own")
+        self._device = bands.device
+        per_chain = ridge.to(bands.dtype).contiguous() if isinstance(ridge, Tensor) else None
+        n, base = gradient.shape[0], start % chain_length
+        shape = _Shape(n, base, chain_length, gradient.dtype, per_chain is not None, bands.shape[0] == 2)
+        self._kept.append((gradient, momentum, bands, per_chain))
+        self._shapes.append(shape)
+        self._rows.append([
+            gradient.data_ptr(), momentum.data_ptr(), bands.data_ptr(),
+            0 if per_chain is None else per_chain.data_ptr(),
+            n, base, chain_length, bands.stride(0), *owned,
+            1.0 - beta1, decay, weight, scale, graft_eps, 1.0 if isinstance(ridge, Tensor) else ridge, gamma,
+        ])  # fmt: skip
+
+    def carry_out(self) -> Tensor:
+        """Take the step, without waiting for it.
+
+        Returns:
+            ``(count, 2)`` float64 on the device: of every run, the sums of squares of the direction and of the graft in
+            the bands' units.
+        """
+        device = self._device
+        if not self._rows:
+            return torch.zeros(0, 2, dtype=torch.float64)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            plan = _plan(tuple(self._shapes), device)
+            peaks = self._place_peaks()  # noqa: F841  kept until everything is launched
+            table = self._upload()
+            halos = torch.empty(plan.pieces, HALO.value, dtype=torch.float32, device=device)
+            sums = torch.empty(plan.programs.shape[0], 2, dtype=torch.float64, device=device)
+            totals = torch.empty(len(self), 2, dtype=torch.float64, device=device)
+            for before in (True, False):
+                for shape, first, last in plan.launches:
+                    if before and not (shape.cut and (shape.coupled or not shape.given)):
+                        continue
+                    grid, programs, around = (last - first,), plan.programs[first:last], halos[first:last]
+                    dtype = _DTYPES[shape.dtype]
+                    if before:
+                        set_aside[grid](
+                            table, programs, around, PIECE=_TILE, DTYPE=dtype, GIVEN=shape.given, COUPLED=shape.coupled
+                        )
+                        continue
+                    rows = max(_TILE // shape.columns, 1)
+                    step[grid](
+                        table, table.view(torch.float64), programs, around, sums[first:last],
+                        ROWS=rows, COLUMNS=shape.columns, DTYPE=dtype, CUT=shape.cut,
+                        GIVEN=shape.given or shape.cut, COUPLED=shape.coupled,
+                        num_warps=rows * shape.columns // 128,
+                    )  # fmt: skip
+            add_up[(len(self),)](sums, plan.spans, totals, BLOCK=_TILE)
+        return totals
+
+    def _place_peaks(self) -> Tensor:
+        """Zeros for the largest diagonals of cut chains whose ridge is relative; their rows point there."""
+        wanted = [shape.chains if shape.cut and not shape.given else 0 for shape in self._shapes]
+        peaks = torch.zeros(sum(wanted), dtype=torch.float32, device=self._device)
+        position = 0
+        for row, count in zip(self._rows, wanted, strict=True):
+            if count:
+                row[3] = peaks.data_ptr() + position * peaks.element_size()
+                position += count
+        return peaks
+
+    def _upload(self) -> Tensor:
+        """The table of all runs on the device, ``(count * 17,)`` int64: from pinned memory, or the host would wait."""
+        packed = bytearray().join(_ROW.pack(*row) for row in self._rows)
+        rows = torch.frombuffer(packed, dtype=torch.int64)
+        if self._device.type == "cpu":
+            return rows
+        return rows.pin_memory().to(self._device, non_blocking=True)
+
+
+def is_possible(gradient: Tensor, momentum: Tensor, bands: Tensor) -> bool:
+    """Whether there is a kernel for such arrays: on a GPU (or interpreted), contiguous, at most one neighbour."""
+    return (
+        bands.device.type == ("cpu" if INTERPRETED else "cuda")
+        and gradient.device == momentum.device == bands.device
+        and gradient.dtype == momentum.dtype
+        and gradient.dtype in _DTYPES
+        and bands.dtype == torch.float32
+        and bands.shape[0] <= 2
+        and gradient.is_contiguous()
+        and momentum.is_contiguous()
+        and (bands.stride(1) == 1 or bands.shape[1] <= 1)
+    )
