@@ -131,14 +131,15 @@ def write(result: Result, means: list[float]) -> None:
     HERE.mkdir(exist_ok=True)
     with (HERE / "runs.csv").open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
             writer.writerow([field.name for field in fields(Result)])
         values = asdict(result)
         writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values.values()])
         file.flush()
-        with (HERE / "curves.csv").open("a") as curves:
-            curves.write(",".join([*map(str, list(asdict(result).values())[:5]), *(f"{m:.1f}" for m in means)]) + "\n")
+        with (HERE / "curves.csv").open("a", newline="") as curves:
+            key = [result.task, result.dtype, result.optimizer, f"{result.lr:g}", result.seed]
+            csv.writer(curves, lineterminator="\n").writerow([*key, *(f"{mean:.1f}" for mean in means)])
 
 
 def best(results: list[Result]) -> Result | None:

@@ -57,12 +57,8 @@ def read_cells() -> dict[tuple[str, str, str], Cell]:
     results = read_results()
     curves: dict[tuple[str, ...], list[float]] = {}
     with (HERE / "curves.csv").open(newline="") as file:
-        # names of optimizers hold commas, and are followed by a learning rate
-        for line in file:
-            task, dtype, rest = line.rstrip("\n").split(",", 2)
-            name = next(name for name in CONTENDERS if rest.startswith(name + ","))
-            lr, seed, *values = rest[len(name) + 1 :].split(",")
-            curves[task, dtype, name, f"{float(lr):g}", seed] = [float(value) for value in values]
+        for *key, values in ((*row[:5], row[5:]) for row in csv.reader(file)):
+            curves[tuple(key)] = [float(value) for value in values]
     cells = {}
     for task in TASKS:
         for dtype in DTYPES:
@@ -103,7 +99,7 @@ def table(task: str, dtype: str, cells: dict[tuple[str, str, str], Cell]) -> lis
             continue
         (train, spread), (validation, other) = cell.mean("train"), cell.mean("validation")
         whole, inside = timing[dtype, name]
-        steps = cell.steps_to(target)
+        steps = STEPS if name == "AdamW" else cell.steps_to(target)
         reached = f"{steps:.0f} | {steps * whole / 1e3:.1f}" if steps is not None else "- | -"
         lines.append(
             f"| {name} | {cell.results[0].lr:g} | {train:.1f} ± {spread:.1f} | {validation:.1f} ± {other:.1f} | "

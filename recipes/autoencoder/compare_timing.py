@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     images = mnist_5k()
     with (HERE / "timing.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["dtype", "optimizer", "milliseconds", "optimizer_milliseconds"])
         for dtype in DTYPES:
             torch.manual_seed(0)
