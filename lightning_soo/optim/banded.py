@@ -18,6 +18,7 @@ from lightning_soo.optim.runs import Run, band_buffer, band_names, exchange_halo
 from lightning_soo.placement.chains import Halos
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
+from lightning_soo.preconditioners import banded_host
 from lightning_soo.preconditioners.banded import direction
 from lightning_soo.preconditioners.banded_fused import FusedRuns
 
@@ -49,8 +50,11 @@ class BandedOptimizer(SecondOrderOptimizer):
                 state["exp_avg"] = moment.contiguous()
 
     def _work(self, member: Member) -> Work:
-        # memory for one parameter at a time: a fresh array costs more than what is computed in it
-        return Work(member, self.state[member.tensor], self.options, self._scratch_like(member.gradient).view(-1))
+        def scratch() -> Tensor:
+            # memory for one parameter at a time: a fresh array costs more than what is computed in it
+            return self._scratch_like(member.gradient).view(-1)
+
+        return Work(member, self.state[member.tensor], self.options, scratch)
 
     def plan_table(self, plan: Plan | None = None) -> str:
         """The plan in words; once attached, also what travels where chains are cut."""
@@ -62,6 +66,11 @@ class BandedOptimizer(SecondOrderOptimizer):
         wide = any(member.planned.spec.dtype == torch.float64 for member in self._members)
         size = sum(halos.elements for halos in self._halos.values()) * rows * (8 if wide else 4)
         return f"{table}\n{cut} chains are cut: at most {size:,} bytes of neighbours travel from or to a rank in a step"
+
+    def _move(self, parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
+        fused = self.options.fused is not False and not self.options.compiled
+        if not fused or not banded_host.move(parameter, direction, shrink=shrink, alpha=alpha):
+            super()._move(parameter, direction, shrink=shrink, alpha=alpha)
 
     def _observe(self, part: int, members: list[Member]) -> None:
         """Nothing by itself: statistics and direction share one pass."""
@@ -75,62 +84,57 @@ class BandedOptimizer(SecondOrderOptimizer):
         super()._precondition(part, plain)
         works = self._extend(part, chained)
         peaks = self._peaks(part, works)
-        squares: list[Tensor] = []
-        moved: list[tuple[Member, float]] = []  # and the units of its graft's square
         starts = self.steps >= self.options.start
-        separate = self._carry_out(works, peaks, squares, moved) if starts else works
-        for work in separate:
+        found = self._carry_out(works, peaks) if starts else {}
+        squares: list[Tensor] = []
+        # in the same order and units on every rank, whichever code took the step there
+        for work in works:
             work.member.scale = 1.0
-            ridge = work.ridge(peaks, self.options)
-            if starts and work.is_one_sweep:
-                squares += work.sweep(ridge, self.options)
-                moved.append((work.member, 1.0))
-                continue
-            work.observe()
-            graft = work.graft()
-            if not starts:
-                work.member.gradient.copy_(graft.view_as(work.member.gradient))
-                continue
-            counted = work.member.counts and graft.numel() > 0
-            squares.append(squared_norm(graft) if counted else NOTHING)
-            found = direction(work.statistics.bands, work.vector, ridge=ridge, gamma=self.options.edge_gamma)[work.own]
-            squares.append(squared_norm(found) if counted else NOTHING)
-            work.member.gradient.copy_(found.view_as(work.member.gradient))
-            moved.append((work.member, 1.0))
+            squares += found[id(work)] if id(work) in found else self._step_alone(work, peaks, starts=starts)
+        if not starts:
+            return
         values = self._totals(squares)
-        for (member, units), graft_square, square in zip(moved, values[::2], values[1::2], strict=True):
-            member.scale = (graft_square * units / square) ** 0.5 if 0.0 < square < float("inf") else 0.0
+        for work, graft_square, square in zip(works, values[::2], values[1::2], strict=True):
+            work.member.scale = (graft_square / square) ** 0.5 if 0.0 < square < float("inf") else 0.0
 
-    def _carry_out(
-        self,
-        works: list[Work],
-        peaks: dict[tuple[str, int], float],
-        squares: list[Tensor],
-        moved: list[tuple[Member, float]],
-    ) -> list[Work]:
-        """Take the steps for which there is compiled code, those of a device together; return the other works.
+    def _carry_out(self, works: list[Work], peaks: dict[tuple[str, int], float]) -> dict[int, list[Tensor]]:
+        """Take the steps for which there is compiled code, those of a device together.
 
-        Args:
-            squares: receives sums of squares of the graft and of the direction; not waited for.
-            moved: receives the members, and the units of their grafts' squares.
+        Returns:
+            ``id(work)`` -> sums of squares of the graft and of the direction, where the direction is; not waited for.
         """
         together: dict[tuple[torch.device, type[FusedRuns]], tuple[FusedRuns, list[Work]]] = {}
-        separate = []
         for work in works:
             kind = work.kind_of_runs(self.options)
-            if kind is None:
-                separate.append(work)
-                continue
-            runs, joined = together.setdefault((work.bands.device, kind), (kind(), []))
-            work.member.scale = 1.0
-            work.join(runs, peaks, self.options)
-            joined.append(work)
-        for runs, joined in together.values():
+            if kind is not None:
+                runs, joined = together.setdefault((work.bands.device, kind), (kind(), []))
+                work.join(runs, peaks, self.options)
+                joined.append(work)
+        found = {}
+        for (device, _), (runs, joined) in together.items():
             sums = torch.as_tensor(runs.carry_out(), dtype=torch.float64)
+            units = torch.tensor([[1.0, work.leave()] for work in joined], dtype=torch.float64)
+            sums = sums * units.to(device, non_blocking=True)
             for work, (square, graft_square) in zip(joined, sums, strict=True):
-                squares += [graft_square, square]
-                moved.append((work.member, work.leave()))
-        return separate
+                found[id(work)] = [graft_square, square]
+        return found
+
+    def _step_alone(self, work: Work, peaks: dict[tuple[str, int], float], *, starts: bool) -> list[Tensor]:
+        """One parameter's step in separate calls; the squares of the graft and of the direction once it has started."""
+        ridge = work.ridge(peaks, self.options)
+        if starts and work.is_one_sweep:
+            return work.sweep(ridge, self.options)
+        work.observe()
+        graft = work.graft()
+        gradient = work.member.gradient
+        if not starts:
+            gradient.copy_(graft.view_as(gradient))
+            return []
+        found = direction(work.statistics.bands, work.vector, ridge=ridge, gamma=self.options.edge_gamma)[work.own]
+        gradient.copy_(found.view_as(gradient))
+        if not work.member.counts or graft.numel() == 0:
+            return [NOTHING, NOTHING]
+        return [squared_norm(graft), squared_norm(found)]
 
     def _extend(self, part: int, members: list[Member]) -> list[Work]:
         """Each member's gradient, momentum and bands, with the neighbours that a cut has taken away."""

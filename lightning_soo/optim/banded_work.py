@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ NOTHING = torch.tensor(0.0, dtype=torch.float64)
 class Work:
     """One parameter during one step, perhaps with a halo."""
 
-    def __init__(self, member: Member, state: dict[str, Any], options: SONewOptions, scratch: Tensor) -> None:
+    def __init__(
+        self, member: Member, state: dict[str, Any], options: SONewOptions, scratch: Callable[[], Tensor]
+    ) -> None:
         run = member.run
         assert run is not None and member.planned.chain is not None
         self.member, self.run, self.use_correction = member, run, options.use_bias_correction
@@ -185,10 +188,7 @@ class Work:
         return self.statistics.scale * (self.run.weight**0.5 if self.use_correction else 1.0)
 
     def leave(self) -> float:
-        """Take what is this rank's back from a run with a halo; what the graft's sum of squares is multiplied by.
-
-        The same on all ranks, so it may wait until their sums are added up, and costs a device nothing.
-        """
+        """Take what is this rank's back from a run with a halo; what the graft's sum of squares is multiplied by."""
         if self.statistics.bands is not self.bands:
             self.bands.copy_(self.statistics.bands[:, self.own])
             self.moment.copy_(self.filtered[self.own])
@@ -228,5 +228,6 @@ class Work:
 
     def _expand(self, ridge: Tensor) -> Tensor:
         statistics, n = self.statistics, self.gradient.shape[0]
-        out = self._scratch[:n] if self._scratch.dtype == ridge.dtype and self._scratch.numel() >= n else None
+        scratch = self._scratch()
+        out = scratch[:n] if scratch.dtype == ridge.dtype and scratch.numel() >= n else None
         return banded.expand_chains(ridge, n, statistics.start, statistics.chain_length, out=out)

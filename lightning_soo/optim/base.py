@@ -187,8 +187,12 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 else:
                     direction = buffer
                 scale = 1.0
-            _move(parameter, direction, shrink=1.0 - lr * decay, alpha=-lr * scale)
+            self._move(parameter, direction, shrink=1.0 - lr * decay, alpha=-lr * scale)
             member.gradient = torch.empty(0)
+
+    def _move(self, parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
+        """``parameter <- shrink parameter + alpha direction``."""
+        move(parameter, direction, shrink=shrink, alpha=alpha)
 
     def diagnostics(self) -> dict[str, float]:
         """Figures for a logger, equal on all ranks; empty of refresh figures before the first roots are in."""
@@ -213,7 +217,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         return figures
 
 
-def _move(parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
+def move(parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
     """``parameter <- shrink parameter + alpha direction``; on a CPU in pieces that stay in cache between the two."""
     if shrink == 1.0:
         parameter.add_(direction, alpha=alpha)

@@ -52,7 +52,7 @@ class HostRuns:
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
-        self._kept: list[Tensor | None] = []
+        self._kept: list[Tensor | None] = []  # what the pointers point to
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -90,7 +90,7 @@ class HostRuns:
         if not is_possible(gradient, momentum, bands):
             raise ValueError(f"no compiled step for {gradient.dtype} gradients and {tuple(bands.shape)} {bands.dtype}")
         per_chain = ridge.to(bands.dtype).contiguous() if isinstance(ridge, Tensor) else None
-        self._kept.append(per_chain)
+        self._kept += [gradient, momentum, bands, per_chain]
         self._runs.append(_Run(
             gradient.data_ptr(), momentum.data_ptr(), bands.data_ptr(),
             None if per_chain is None else per_chain.data_ptr(),
@@ -124,6 +124,20 @@ def is_possible(gradient: Tensor, momentum: Tensor, bands: Tensor) -> bool:
     )
 
 
+def move(parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> bool:
+    """``parameter <- shrink parameter + alpha direction`` in one pass over memory; False where that is not possible."""
+    arrays = (parameter, direction)
+    if any(a.device.type != "cpu" or a.dtype != torch.float32 or not a.is_contiguous() for a in arrays):
+        return False
+    library = load()
+    if library is None:
+        return False
+    threads = torch.get_num_threads()
+    library.soo_move(parameter.data_ptr(), direction.data_ptr(), parameter.numel(), shrink, alpha, threads)
+    torch.autograd.graph.increment_version(parameter)  # what autograd saved of it is no longer true
+    return True
+
+
 @cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None, said once, where it cannot be had."""
@@ -142,6 +156,8 @@ def load() -> ctypes.CDLL | None:
     library.soo_size_of_run.restype = ctypes.c_int64
     library.soo_banded_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.soo_banded_step.restype = None
+    library.soo_move.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_double] * 2, ctypes.c_int64]
+    library.soo_move.restype = None
     assert library.soo_size_of_run() == ctypes.sizeof(_Run)
     return library
 

@@ -75,6 +75,21 @@ def test_single_and_half_precision(bandwidth: int, outer: torch.dtype, tolerance
     assert_equal(run_both(3000, bandwidth, 300, dtype=torch.float32, outer=outer), tolerance)
 
 
+@pytest.mark.parametrize("n", [0, 7, 100_003, 400_000])
+def test_a_move_is_one_pass(n: int) -> None:
+    parameter, moved = torch.randn(2, n, generator=torch.Generator().manual_seed(0)).unbind()
+    parameter = parameter.clone().requires_grad_()
+    product = parameter * parameter
+    expected = 0.9 * parameter.detach().double() - 0.3 * moved.double()
+    with torch.no_grad():
+        assert banded_host.move(parameter, moved.clone(), shrink=0.9, alpha=-0.3)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    assert not banded_host.move(torch.zeros(4, 4).T[:2], torch.zeros(2, 4), shrink=1.0, alpha=1.0)
+    assert not banded_host.move(torch.zeros(4).double(), torch.zeros(4).double(), shrink=1.0, alpha=1.0)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     values = torch.zeros(10)
     assert not banded_host.is_possible(values, values, torch.zeros(6, 10))
