@@ -67,6 +67,14 @@ class BandedOptimizer(SecondOrderOptimizer):
         size = sum(halos.elements for halos in self._halos.values()) * rows * (8 if wide else 4)
         return f"{table}\n{cut} chains are cut: at most {size:,} bytes of neighbours travel from or to a rank in a step"
 
+    def diagnostics(self) -> dict[str, float]:
+        """As of every optimizer here; ``graft_ratio`` is what directions were multiplied by in the last step."""
+        figures = super().diagnostics()
+        scales = [member.scale for member in self._members if member.run is not None]
+        if scales and self.steps >= self.options.start:
+            figures["graft_ratio"] = sum(scales) / len(scales)
+        return figures
+
     def _move(self, parameter: Tensor, direction: Tensor, *, shrink: float, alpha: float) -> None:
         fused = self.options.fused is not False and not self.options.compiled
         if not fused or not banded_host.move(parameter, direction, shrink=shrink, alpha=alpha):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,24 @@ def test_same_as_the_plain_optimizer_in_a_loop(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+METHODS: dict[str, dict[str, Any]] = {
+    "shampoo": OPTIONS,
+    "soap": {"precondition_frequency": 3, "basis": "qr", "workers": "thread"},
+    "sonew": {"bandwidth": 2, "start_preconditioning_step": 3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path, method: str) -> None:
     whole, first, second = Model(), Model(), Model()
-    trainer(tmp_path, SecondOrder(**OPTIONS), max_epochs=4).fit(whole, data())
-    run = trainer(tmp_path, SecondOrder(**OPTIONS), max_epochs=2)
+    options = METHODS[method]
+    trainer(tmp_path, SecondOrder(method, **options), max_epochs=4).fit(whole, data())
+    run = trainer(tmp_path, SecondOrder(method, **options), max_epochs=2)
     run.fit(first, data())
     path = tmp_path / "half.ckpt"
     run.save_checkpoint(path)
     assert torch.load(path, weights_only=True)["optimizer_states"][0]["second_order"]["steps"] == 16
-    trainer(tmp_path, SecondOrder(**OPTIONS), max_epochs=4).fit(second, data(), ckpt_path=path)
+    trainer(tmp_path, SecondOrder(method, **options), max_epochs=4).fit(second, data(), ckpt_path=path)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -143,6 +153,16 @@ def test_monitor_logs_and_several_fits(tmp_path: Path) -> None:
         for name in ("condition_number", "root_residual", "staleness", "graft_ratio", "preconditioned_share"):
             assert f"second_order/{name}" in header
     assert "configure_optimizers" not in model.__dict__
+
+
+def test_monitor_of_sonew(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version="sonew")
+    callbacks = SecondOrder("sonew", start_preconditioning_step=3), PreconditionerMonitor(every_n_steps=2)
+    trainer(tmp_path, *callbacks, logger=logger).fit(Model(), data(), data())
+    logger.finalize("success")
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    ratios = [float(row["second_order/graft_ratio"]) for row in rows if row["second_order/graft_ratio"]]
+    assert len(ratios) >= 3 and all(ratio > 0 for ratio in ratios)
 
 
 def test_what_cannot_be_taken_over_is_refused(tmp_path: Path) -> None:
