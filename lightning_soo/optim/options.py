@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import MERGE_DIMS, BlockRules
@@ -163,6 +164,22 @@ class SONewOptions(ShampooOptions):
         if self.gamma is not None:
             return self.gamma
         return 1e-5 if self.bandwidth <= 1 else 1e-3
+
+
+def adam_group(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, decoupled_weight_decay: bool
+) -> dict[str, Any]:
+    """A parameter group of an optimizer whose direction has the step size of Adam, and no momentum after it."""
+    return {
+        "lr": lr,
+        "betas": tuple(betas),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "nesterov": False,
+    }
 
 
 def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

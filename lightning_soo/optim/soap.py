@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.options import ShampooOptions
+from lightning_soo.optim.options import ShampooOptions, adam_group
 from lightning_soo.optim.shampoo import Params
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.refresh.schedule import Interval
@@ -99,14 +99,4 @@ class SOAP(SecondOrderOptimizer):
             overrides=overrides,
             workers=workers,
         )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "momentum": 0.0,
-            "dampening": 0.0,
-            "nesterov": False,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, adam_group(lr, betas, eps, weight_decay, decoupled_weight_decay), options)

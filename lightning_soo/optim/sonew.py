@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.banded import BandedOptimizer
-from lightning_soo.optim.options import SONewOptions, parse_dtype
+from lightning_soo.optim.options import SONewOptions, adam_group, parse_dtype
 from lightning_soo.optim.shampoo import Params
 
 
@@ -95,14 +95,4 @@ class SONew(BandedOptimizer):
             compute_dtype=None,
             workers="inline",
         )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "momentum": 0.0,
-            "dampening": 0.0,
-            "nesterov": False,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, adam_group(lr, betas, eps, weight_decay, decoupled_weight_decay), options)
