@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_soo.capture.factors import wide_dtype
 from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, register
 
 
@@ -38,7 +39,7 @@ class EmbeddingRule(LayerRule):
         self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
     ) -> tuple[Tensor, int]:
         tokens = values.flatten()
-        counts = torch.bincount(tokens, minlength=part.inputs).to(_wide(module.weight.dtype))
+        counts = torch.bincount(tokens, minlength=part.inputs).to(wide_dtype(module.weight.dtype))
         if module.padding_idx is not None:  # it never has a gradient
             counts[module.padding_idx] = 0
         return counts, tokens.numel()
@@ -52,10 +53,6 @@ class EmbeddingRule(LayerRule):
 
     def gradients(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
         return by_example(values, batch)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 register(EmbeddingRule())

@@ -57,7 +57,7 @@ def input_sum(rows: Tensor, approximation: str, *, bias: bool) -> tuple[Tensor, 
     """
     rows = rows.mean(1) if approximation == "reduce" else rows.flatten(0, 1)
     order = rows.shape[1]
-    result = torch.zeros(order + bias, order + bias, dtype=_wide(rows.dtype), device=rows.device)
+    result = torch.zeros(order + bias, order + bias, dtype=wide_dtype(rows.dtype), device=rows.device)
     gram(rows, out=result[:order, :order])
     if bias:
         result[order, :order] = result[:order, order] = rows.sum(0, dtype=result.dtype)
@@ -68,7 +68,7 @@ def input_sum(rows: Tensor, approximation: str, *, bias: bool) -> tuple[Tensor, 
 def gradient_sum(rows: Tensor, approximation: str) -> Tensor:
     """Sum of ``g g^T``, ``(outputs, outputs)``, at least float32, of ``(examples, positions, outputs)``."""
     rows = rows.sum(1) if approximation == "reduce" else rows.flatten(0, 1)
-    result = torch.zeros(rows.shape[1], rows.shape[1], dtype=_wide(rows.dtype), device=rows.device)
+    result = torch.zeros(rows.shape[1], rows.shape[1], dtype=wide_dtype(rows.dtype), device=rows.device)
     gram(rows, out=result)
     return result
 
@@ -81,5 +81,6 @@ def gram(rows: Tensor, *, out: Tensor) -> None:
         out.addmm_(wide.T, wide)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

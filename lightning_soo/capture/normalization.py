@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_soo.capture.registry import LayerPart, LayerRule, register
+from lightning_soo.capture.factors import wide_dtype
+from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, register
 
 
 class NormalizationRule(LayerRule):
@@ -45,10 +46,10 @@ class NormalizationRule(LayerRule):
         self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, approximation: str
     ) -> Tensor:
         assert values is not None
-        scales = (self.inputs(module, part, values, batch) * self.gradients(module, part, gradient, batch)).sum(1)
-        shifts = self.gradients(module, part, gradient, batch).sum(1)
-        pair = torch.stack([scales, shifts] if part.bias is not None else [scales], -1)
-        pair = pair.to(torch.float64 if pair.dtype == torch.float64 else torch.float32)
+        rows = self.gradients(module, part, gradient, batch)
+        scales = (self.inputs(module, part, values, batch) * rows).sum(1)
+        pair = torch.stack([scales, rows.sum(1)] if part.bias is not None else [scales], -1)
+        pair = pair.to(wide_dtype(pair.dtype))
         return torch.einsum("nci,ncj->cij", pair, pair)
 
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
@@ -59,13 +60,9 @@ class NormalizationRule(LayerRule):
         return self._by_channel(module, values, batch)
 
     def _by_channel(self, module: Any, values: Tensor, batch: int) -> Tensor:
-        channels = module.weight.numel()
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            if values.ndim > 2 and values.shape[0] != batch and values.shape[1] == batch:
-                values = values.transpose(0, 1)
-            rows = values.numel() // channels
-            return values.reshape(batch if batch > 0 and rows % batch == 0 else rows, -1, channels)
-        return values.reshape(values.shape[0], channels, -1).transpose(1, 2)
+            return by_example(values.flatten(-len(module.normalized_shape)), batch)
+        return values.reshape(values.shape[0], module.weight.numel(), -1).transpose(1, 2)
 
 
 def _normalised(module: Any, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ A user extends it in a few lines::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,11 +131,6 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule of a module's class; None where there is none."""
     kind = type(module)
     return _RULES.get(kind) or _RULES.get(f"{kind.__module__}:{kind.__qualname__}")
-
-
-def registered() -> Sequence[type[nn.Module] | str]:
-    """Classes that have a rule."""
-    return tuple(_RULES)
 
 
 def by_example(values: Tensor, batch: int) -> Tensor:

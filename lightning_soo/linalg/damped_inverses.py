@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_soo.linalg.errors import MatrixError
+
 Array = npt.NDArray[Any]
 
 
-class FactorError(ValueError):
-    """No usable inverse; ``diagnostics`` says how bad it was."""
-
-    def __init__(self, message: str, diagnostics: dict[str, float]) -> None:
-        super().__init__(message)
-        self.diagnostics = diagnostics
+class FactorError(MatrixError):
+    """No usable inverse."""
 
 
 def eigen_decompositions(matrices: Sequence[Array]) -> tuple[tuple[Array, ...], dict[str, float]]:

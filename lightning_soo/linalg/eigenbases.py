@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_soo.linalg.errors import MatrixError
+
 Array = npt.NDArray[Any]
 
 
-class EigenbasisError(ValueError):
-    """No usable basis; ``diagnostics`` says how bad it was."""
-
-    def __init__(self, message: str, diagnostics: dict[str, float]) -> None:
-        super().__init__(message)
-        self.diagnostics = diagnostics
+class EigenbasisError(MatrixError):
+    """No usable basis."""
 
 
 def eigenbases(matrices: Sequence[Array], *, tolerance: float) -> tuple[tuple[Array, ...], dict[str, float]]:
