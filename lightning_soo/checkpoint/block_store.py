@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.transport import Transport
@@ -131,11 +132,14 @@ class BlockStore:
         return {"format": FORMAT, "complete": complete, **self._local()}
 
     @staticmethod
-    def check(saved: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(
+        saved: Mapping[str, Any],
+        expected: Mapping[str, tuple[tuple[ArrayLayout, ...], tuple[ArrayLayout, ...]]],
+    ) -> None:
         """Refuse what does not fit, before anything is changed.
 
         Args:
-            expected: block key -> orders of its preconditioners.
+            expected: block key -> arrays of its statistics and of its roots.
         """
         if saved["format"] > FORMAT:
             raise ValueError(f"state of format {saved['format']}; this version reads up to {FORMAT}: update it")
@@ -152,10 +156,11 @@ class BlockStore:
                 f"(first {foreign[:1]}); was max_preconditioner_dim, merge_dims or an override changed?"
             )
         for key, entry in blocks.items():
-            matrices = [*entry.get("roots", ()), *entry.get("statistics", {"matrices": ()})["matrices"]]
-            wrong = [tuple(m.shape) for m in matrices if m.shape[0] not in expected[key]]
-            if wrong:
-                raise ValueError(f"block {key}: a saved matrix has shape {wrong[0]}, orders here are {expected[key]}")
+            saved_arrays = entry.get("statistics", {}).get("matrices"), entry.get("roots")
+            for name, arrays, layouts in zip(("statistics", "roots"), saved_arrays, expected[key], strict=True):
+                found, here = [tuple(array.shape) for array in arrays or ()], [layout.shape for layout in layouts]
+                if arrays is not None and found != here:
+                    raise ValueError(f"block {key}: saved {name} have shapes {found}, here they are {here}")
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Keep checked state until :meth:`install` hands it to the blocks."""

@@ -5,7 +5,9 @@ With factors ``A`` (inputs) and ``G`` (output gradients) of a layer and damping 
     exact:  (G (x) A + lambda I)^-1 V = Q_G [ (Q_G^T V Q_A) / (d_G d_A^T + lambda) ] Q_A^T
     pi:     (G + sqrt(lambda) / pi I)^-1 V (A + pi sqrt(lambda) I)^-1    pi^2 = (tr A / dim A) / (tr G / dim G)
 
-The exact form needs the eigenvectors of both factors, and follows a damping that changes; ``pi`` needs two inverses.
+The exact form needs the eigenvectors of all factors, and follows a damping that changes; ``pi`` needs their inverses.
+There may be one factor, two or three (of gradients, channels and space); each is a matrix ``(n, n)``, a diagonal
+``(n,)``, or a stack of small matrices ``(m, k, k)``, which stands alone.
 """
 
 from __future__ import annotations
@@ -26,67 +28,97 @@ class FactorError(MatrixError):
     """No usable inverse."""
 
 
-def eigen_decompositions(matrices: Sequence[Array]) -> tuple[tuple[Array, ...], dict[str, float]]:
+def eigen_decompositions(
+    factors: Sequence[Array], *, divisor: float = 1.0
+) -> tuple[tuple[Array, ...], dict[str, float]]:
     """Of each symmetric positive semi-definite factor its eigenvectors, and of all their eigenvalues.
 
+    Args:
+        divisor: of every factor.
+
     Returns:
-        ``(n, n)`` eigenvectors in columns for each factor, then ``(n,)`` eigenvalues, at least zero, for each; float64.
+        Eigenvectors in columns for each factor that is no diagonal, then eigenvalues, at least zero, for each; float64.
 
     Raises:
         FactorError: a factor is not finite.
     """
     vectors, values = [], []
-    for matrix in map(_checked, matrices):
-        found, basis = np.linalg.eigh(matrix)
+    residual = 0.0
+    for factor in _prepared(factors, divisor):
+        if factor.ndim == 1:
+            values.append(np.maximum(factor, 0.0))
+            continue
+        found, basis = np.linalg.eigh(factor)
         vectors.append(basis)
         values.append(np.maximum(found, 0.0))
-    residual = max(float(np.abs(basis.T @ basis - np.eye(len(basis))).max()) for basis in vectors)
+        deviation = np.abs(basis.swapaxes(-1, -2) @ basis - np.eye(basis.shape[-1]))
+        residual = max(residual, float(deviation.max()))
     return (*vectors, *values), {"condition_number": _condition(values), "residual": residual}
 
 
-def factored_inverses(matrices: Sequence[Array], *, damping: float) -> tuple[tuple[Array, ...], dict[str, float]]:
-    """``(A + pi sqrt(lambda) I)^-1`` and ``(G + sqrt(lambda) / pi I)^-1`` of ``(A, G)``, float64.
+def factored_inverses(
+    factors: Sequence[Array], *, damping: float, divisor: float = 1.0
+) -> tuple[tuple[Array, ...], dict[str, float]]:
+    """``(F + share I)^-1`` of every factor, float64; a diagonal gives a diagonal.
 
     Args:
-        damping: ``lambda``, above zero.
+        damping: ``lambda``, above zero; its shares are those of :func:`shares_of_damping`.
+        divisor: of every factor.
 
     Raises:
         FactorError: a factor is not finite, or not positive definite with its share of the damping.
     """
-    inputs, gradients = map(_checked, matrices)
-    pi = split_of_damping(inputs, gradients)
-    found, values = [], []
-    for matrix, share in ((inputs, pi), (gradients, 1.0 / pi)):
-        damped = matrix + share * math.sqrt(damping) * np.eye(len(matrix))
-        eigenvalues, vectors = np.linalg.eigh(damped)
-        if not eigenvalues[0] > 0.0:
+    prepared = _prepared(factors, divisor)
+    inverses, values = [], []
+    residual = 0.0
+    for factor, share in zip(prepared, shares_of_damping(prepared, damping), strict=True):
+        damped = factor + (share if factor.ndim == 1 else share * np.eye(factor.shape[-1]))
+        eigenvalues, vectors = (damped, None) if factor.ndim == 1 else np.linalg.eigh(damped)
+        if not eigenvalues.min() > 0.0:
             raise FactorError(
-                f"a factor is not positive definite with damping {damping:g}: smallest eigenvalue {eigenvalues[0]:.2g}",
+                f"a factor is not positive definite with damping {damping:g}: smallest eigenvalue "
+                f"{eigenvalues.min():.2g}",
                 {"condition_number": math.inf, "residual": math.inf},
             )
-        inverse = (vectors / eigenvalues) @ vectors.T
-        found.append((inverse + inverse.T) / 2)
         values.append(eigenvalues)
-    residual = max(
-        float(np.abs(inverse @ (matrix + share * math.sqrt(damping) * np.eye(len(matrix))) - np.eye(len(matrix))).max())
-        for inverse, matrix, share in zip(found, (inputs, gradients), (pi, 1.0 / pi), strict=True)
-    )
-    return tuple(found), {"condition_number": _condition(values), "residual": residual}
+        if vectors is None:
+            inverses.append(1.0 / damped)
+            continue
+        inverse = (vectors / eigenvalues[..., None, :]) @ vectors.swapaxes(-1, -2)
+        inverses.append((inverse + inverse.swapaxes(-1, -2)) / 2)
+        residual = max(residual, float(np.abs(inverse @ damped - np.eye(factor.shape[-1])).max()))
+    return tuple(inverses), {"condition_number": _condition(values), "residual": residual}
 
 
-def split_of_damping(inputs: Array, gradients: Array) -> float:
-    """``pi``; 1 where a factor has no trace: a layer that was not used yet, or whose gradients vanish."""
-    mean_input, mean_gradient = np.trace(inputs) / len(inputs), np.trace(gradients) / len(gradients)
-    if not (mean_input > 0.0 and mean_gradient > 0.0):
-        return 1.0
-    return math.sqrt(float(mean_input) / float(mean_gradient))
+def shares_of_damping(factors: Sequence[Array], damping: float) -> list[float]:
+    """What is added to each factor: its share of ``damping``, proportional to its mean eigenvalue.
+
+    Of two factors ``sqrt(lambda) / pi`` and ``pi sqrt(lambda)``. Equal shares where a factor has no trace: a layer that
+    was not used yet, or whose gradients vanish.
+    """
+    share: float = damping ** (1.0 / len(factors))
+    if len(factors) == 1:
+        return [share]
+    means = [float(factor.mean() if factor.ndim == 1 else np.trace(factor) / len(factor)) for factor in factors]
+    if not min(means) > 0.0:
+        return [share] * len(factors)
+    geometric = math.exp(sum(map(math.log, means)) / len(means))
+    return [share * mean / geometric for mean in means]
 
 
-def _checked(matrix: Array) -> Array:
-    wide = np.asarray(matrix, dtype=np.float64)
-    if not np.isfinite(wide).all():
-        raise FactorError("a factor is not finite", {"condition_number": math.inf, "residual": math.inf})
-    return wide
+def _prepared(factors: Sequence[Array], divisor: float) -> list[Array]:
+    """Factors in float64; of channels and space, which are the partial traces of one factor, the product is that one's
+    best fit only after division by its trace."""
+    found = []
+    for factor in factors:
+        wide = np.asarray(factor, dtype=np.float64) / divisor
+        if not np.isfinite(wide).all():
+            raise FactorError("a factor is not finite", {"condition_number": math.inf, "residual": math.inf})
+        found.append(wide)
+    if len(found) == 3:
+        trace = float(np.trace(found[2]))
+        found[2] = found[2] / trace if trace > 0.0 else found[2]
+    return found
 
 
 def _condition(values: Sequence[Array]) -> float:

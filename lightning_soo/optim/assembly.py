@@ -25,7 +25,6 @@ class Assembly:
 
     def __init__(self, plan: Plan, members: Sequence[Member], transport: Transport) -> None:
         self._buckets = plan.buckets
-        self._units = plan.units
         self._members = members
         self.transport = transport
         self._returning: tuple[Bucket, Arriving] | None = None
@@ -67,7 +66,7 @@ class Assembly:
         for traveller, box, start in self._layout(bucket, home=place):
             result = results.get(traveller.key)
             if result is not None:
-                piece = result[slices(within(box, self._box(traveller)))]
+                piece = result[slices(within(box, traveller.box))]
                 flat[start : start + volume(box)].view(piece.shape).copy_(piece)
         sent, received = bucket.received(place), bucket.sent(place)
         self._returning = bucket, self.transport.start_exchange(flat, sent, received)
@@ -102,8 +101,8 @@ class Assembly:
         found: dict[str, Tensor] = {}
         for traveller, box, start in self._layout(bucket, home=self.transport.rank):
             if traveller.key not in found:
-                found[traveller.key] = flat.new_empty(self._units[traveller.unit].block.shape)
-            piece = found[traveller.key][slices(within(box, self._box(traveller)))]
+                found[traveller.key] = flat.new_empty([stop - start for start, stop in traveller.box])
+            piece = found[traveller.key][slices(within(box, traveller.box))]
             piece.copy_(flat[start : start + volume(box)].view(piece.shape))
         return found
 
@@ -127,9 +126,6 @@ class Assembly:
                     start += volume(box)
         self._layouts[key] = found
         return found
-
-    def _box(self, traveller: Traveller) -> Box:
-        return self._units[traveller.unit].block.ranges
 
     def _device(self, bucket: Bucket) -> torch.device:
         return self._members[bucket.travellers[0].parameter].parameter().device

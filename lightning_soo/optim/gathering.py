@@ -10,18 +10,19 @@ from torch import Tensor
 
 from lightning_soo.optim.outcomes import (
     Outcome,
-    matrix_templates,
+    array_templates,
     message_size,
     pack,
-    pack_symmetric,
+    pack_array,
     unpack,
-    unpack_symmetric,
+    unpack_array,
 )
+from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.placement.homes import Place
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.transport import Transport, pack_bytes, template_size, unpack_bytes
 
-BlockLayout = Callable[[str], tuple[tuple[int, ...], torch.dtype, bool]]
+BlockLayout = Callable[[str], tuple[tuple[ArrayLayout, ...], torch.dtype]]
 
 
 @dataclass(kw_only=True)
@@ -124,7 +125,9 @@ def exchange_statistics(
         if place.keeper == rank:
             assert block.statistics is not None
             header = torch.tensor([block.statistics.scale, block.statistics.peak], dtype=torch.float64)
-            packed[place.refresher] += [header, *(pack_symmetric(m) for m in block.statistics.matrices)]
+            layouts = block.statistics_layouts(block.block)
+            matrices = zip(block.statistics.matrices, layouts, strict=True)
+            packed[place.refresher] += [header, *(pack_array(matrix, layout) for matrix, layout in matrices)]
             sent[place.refresher] += length
         if place.refresher == rank:
             received[place.keeper] += length
@@ -139,10 +142,11 @@ def exchange_statistics(
         start = positions[place.keeper]
         positions[place.keeper] += template_size(templates)
         header, *halves = unpack_bytes(parts[place.keeper][start : positions[place.keeper]], templates)
-        matrices = [unpack_symmetric(half, order) for half, order in zip(halves, block.block.orders, strict=True)]
-        found[key] = KroneckerStatistics(matrices, scale=float(header[0]), peak=float(header[1]))
+        layouts = block.statistics_layouts(block.block)
+        whole = [unpack_array(half, layout) for half, layout in zip(halves, layouts, strict=True)]
+        found[key] = KroneckerStatistics(whole, scale=float(header[0]), peak=float(header[1]))
     return found
 
 
 def _statistics_templates(block: KroneckerBlock) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [((2,), torch.float64), *matrix_templates(block.block.orders, block.statistics_dtype)]
+    return [((2,), torch.float64), *array_templates(block.statistics_layouts(block.block), block.statistics_dtype)]

@@ -150,7 +150,7 @@ def make_members(
         for unit, block in zip(planned.units, blocks, strict=True):
             if unit.place.keeper == rank and block.statistics is None:
                 block.statistics = KroneckerStatistics.zeros(
-                    unit.block, dtype=block.statistics_dtype, device=block.device
+                    block_class.statistics_layouts(unit.block), dtype=block.statistics_dtype, device=block.device
                 )
         here = [rank in unit.homes and not unit.place.travels for unit in planned.units]
         group = groups[layout.groups[index]]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.refresh.jobs import JobResult
 from lightning_soo.transport import template_size, unpack_bytes
 
@@ -42,7 +43,7 @@ class Outcome:
     def of(
         cls,
         result: JobResult,
-        orders: Sequence[int],
+        layouts: Sequence[ArrayLayout],
         dtype: torch.dtype,
         *,
         waited: float = 0.0,
@@ -52,8 +53,9 @@ class Outcome:
         error, roots = result.error, None
         if not error:
             shapes = [array.shape for array in result.arrays]
-            if shapes != [(order, order) for order in orders]:
-                error = f"the worker returned shapes {shapes} for orders {list(orders)}"
+            expected = [layout.shape for layout in layouts]
+            if shapes != expected:
+                error = f"the worker returned shapes {shapes} where {expected} were to come"
             elif not all(np.isfinite(array).all() for array in result.arrays):
                 error = "the worker returned NaN or Inf"
             else:
@@ -70,18 +72,18 @@ class Outcome:
         )
 
 
-def matrix_templates(orders: Sequence[int], dtype: torch.dtype, symmetric: bool = True) -> list[Template]:
-    """Layout of matrices on their way: half of each symmetric one."""
-    return [(_packed_shape(order) if symmetric else (order, order), dtype) for order in orders]
+def array_templates(layouts: Sequence[ArrayLayout], dtype: torch.dtype) -> list[Template]:
+    """Layout of arrays on their way: half of each symmetric matrix."""
+    return [(_packed_shape(*layout.shape[:1]) if layout.symmetric else layout.shape, dtype) for layout in layouts]
 
 
-def message_size(orders: Sequence[int], dtype: torch.dtype, symmetric: bool, *, with_roots: bool = True) -> int:
-    """Bytes of one outcome's message: a header, then each matrix."""
-    return template_size([_HEADER, *(matrix_templates(orders, dtype, symmetric) if with_roots else ())])
+def message_size(layouts: Sequence[ArrayLayout], dtype: torch.dtype, *, with_roots: bool = True) -> int:
+    """Bytes of one outcome's message: a header, then each array."""
+    return template_size([_HEADER, *(array_templates(layouts, dtype) if with_roots else ())])
 
 
 def pack(
-    outcome: Outcome, orders: Sequence[int], dtype: torch.dtype, symmetric: bool, *, with_roots: bool = True
+    outcome: Outcome, layouts: Sequence[ArrayLayout], dtype: torch.dtype, *, with_roots: bool = True
 ) -> list[Tensor]:
     """Tensors of one message; a failure has the same size, so that sizes come from the plan alone."""
     header = torch.tensor(
@@ -98,25 +100,24 @@ def pack(
     if not with_roots:
         return [header]
     if outcome.roots is None:
-        return [header, *(torch.zeros(shape, dtype=dtype) for shape, _ in matrix_templates(orders, dtype, symmetric))]
-    return [header, *(pack_symmetric(root) if symmetric else root for root in outcome.roots)]
+        return [header, *(torch.zeros(shape, dtype=dtype) for shape, _ in array_templates(layouts, dtype))]
+    return [header, *(pack_array(root, layout) for root, layout in zip(outcome.roots, layouts, strict=True))]
 
 
 def unpack(
     flat: Tensor,
-    orders: Sequence[int],
+    layouts: Sequence[ArrayLayout],
     dtype: torch.dtype,
-    symmetric: bool,
     owner: int,
     *,
     with_roots: bool = True,
 ) -> Outcome:
     """The outcome that rank ``owner`` packed."""
-    header, *packed = unpack_bytes(flat, [_HEADER, *(matrix_templates(orders, dtype, symmetric) if with_roots else ())])
+    header, *packed = unpack_bytes(flat, [_HEADER, *(array_templates(layouts, dtype) if with_roots else ())])
     ok, condition_number, residual, seconds, waited, restarts = header.tolist()
-    roots = packed if with_roots else None
-    if with_roots and symmetric:
-        roots = [unpack_symmetric(part, order) for part, order in zip(packed, orders, strict=True)]
+    roots = None
+    if with_roots:
+        roots = [unpack_array(part, layout) for part, layout in zip(packed, layouts, strict=True)]
     return Outcome(
         ok=bool(ok),
         roots=roots if ok else None,
@@ -127,6 +128,16 @@ def unpack(
         restarts=restarts,
         error="" if ok else f"failed on rank {owner}",
     )
+
+
+def pack_array(array: Tensor, layout: ArrayLayout) -> Tensor:
+    """What is sent of one array."""
+    return pack_symmetric(array) if layout.symmetric else array
+
+
+def unpack_array(packed: Tensor, layout: ArrayLayout) -> Tensor:
+    """Inverse of :func:`pack_array`."""
+    return unpack_symmetric(packed, layout.shape[0]) if layout.symmetric else packed
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:

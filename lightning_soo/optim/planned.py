@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
-from lightning_soo.placement.blocks import BlockRules
+from lightning_soo.placement.blocks import Block, BlockRules
 from lightning_soo.placement.costs import refresh_milliseconds
+from lightning_soo.placement.layers import LayerSpec
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
@@ -177,7 +179,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
             precondition_frequency=options.precondition_frequency.max,
             statistics_frequency=options.statistics_frequency,
             exchange_bucket_bytes=options.exchange_bucket_bytes,
-            element_bytes=self._element_bytes,
+            state_bytes=self._state_bytes,
+            layers=self._layers(),
+            groups=layout.groups,
             chain=options.chain,
             exchanges=2 if self.block_class.needs_gradient else 1,
             previous=previous,
@@ -190,10 +194,17 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         return plan
 
-    def _element_bytes(self, spec: ParameterSpec) -> tuple[int, int, int]:
-        options = self.options
-        statistics = options.statistics_dtype(spec.dtype).itemsize
-        return options.root_dtype(spec.dtype).itemsize, statistics, statistics if self.block_class.needs_gradient else 0
+    def _layers(self) -> Sequence[LayerSpec] | None:
+        """What has factors, for methods that look at layers (K-FAC)."""
+        return None
+
+    def _state_bytes(self, spec: ParameterSpec, block: Block) -> tuple[int, int, int]:
+        """Of a block's roots, statistics and moments."""
+        size, kind = self.options.statistics_dtype(spec.dtype).itemsize, self.block_class
+        roots = sum(math.prod(layout.shape) for layout in kind.root_layouts(block))
+        statistics = sum(math.prod(layout.shape) for layout in kind.statistics_layouts(block))
+        moments = math.prod(block.shape) * size if kind.needs_gradient else 0
+        return roots * self.options.root_dtype(spec.dtype).itemsize, statistics * size, moments
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
         transport = self._transport

@@ -12,6 +12,7 @@ import torch
 from lightning_soo.optim.gathering import Gathering, InFlight, exchange_statistics
 from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.optim.outcomes import Outcome
+from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.placement.plan import Plan
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.background import Background
@@ -163,7 +164,7 @@ class Refresher:
             if entry.swap > entry.started:
                 self._watch(time.monotonic() - begin, result.seconds)
             restarts = float(self.background.restarts)
-            entry.own = Outcome.of(result, *self._layout(entry.key)[:2], waited=self.waited, restarts=restarts)
+            entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)
 
     def _watch(self, waited: float, seconds: float) -> None:
         """Say once, when results are late again and again, what to change."""
@@ -199,9 +200,9 @@ class Refresher:
             self._gathering.finish()
             self._gathering = None
 
-    def _layout(self, key: str) -> tuple[tuple[int, ...], torch.dtype, bool]:
+    def _layout(self, key: str) -> tuple[tuple[ArrayLayout, ...], torch.dtype]:
         block = self.blocks[key]
-        return block.block.orders, block.compute_dtype, block.symmetric
+        return block.root_layouts(block.block), block.compute_dtype
 
     def _install(self, entry: InFlight, outcome: Outcome) -> None:
         block = self.blocks[entry.key]

@@ -104,7 +104,11 @@ class StatefulOptimizer(PlannedOptimizer):
                 f"saved for {len(saved['names'])} parameters, here are {len(names)}"
                 + (f"; first difference: {differing[0]}" if differing else "")
             )
-        expected = {unit.key: unit.block.orders for unit in (self._plan or self._build_plan()).units}
+        kind = self.block_class
+        expected = {
+            unit.key: (kind.statistics_layouts(unit.block), kind.root_layouts(unit.block))
+            for unit in (self._plan or self._build_plan()).units
+        }
         self._store.check(saved, expected)
 
     def _load_torch(self, state_dict: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MERGE_DIMS = ("none", "kernel", "all")
 
@@ -23,6 +24,13 @@ class BlockRules:
     def one_sided_limit(self) -> int:
         """Dimensions above this are left alone rather than cut into many blocks."""
         return 8 * self.max_preconditioner_dim if self.one_sided_above is None else self.one_sided_above
+
+
+class ArrayLayout(NamedTuple):
+    """One array of a block's statistics or roots; of a symmetric matrix half is sent."""
+
+    shape: tuple[int, ...]
+    symmetric: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

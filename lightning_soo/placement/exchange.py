@@ -18,16 +18,20 @@ class Traveller:
 
     Attributes:
         unit: its number in the plan.
+        box: what it is of the parameter's merged shape.
         home: place in the copy where it is assembled.
         parts: for each place in the copy, the boxes it holds, in order.
+        companion: what has to arrive together with it.
     """
 
     unit: int
     key: str
     parameter: int
+    box: Box
     home: int
     dtype: torch.dtype
     parts: tuple[tuple[Box, ...], ...]
+    companion: Traveller | None = None
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -85,12 +89,14 @@ def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> li
         sent, received, largest = [0] * places, [0] * places, 0
         for traveller in alike:
             counts = traveller.counts
+            if traveller.companion is not None:
+                counts = tuple(a + b for a, b in zip(counts, traveller.companion.counts, strict=True))
             grown = max(*(a + b for a, b in zip(sent, counts, strict=True)), received[traveller.home] + sum(counts))
             if current and max(grown, largest) * dtype.itemsize > limit:
                 buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
                 current, sent, received, largest = [], [0] * places, [0] * places, 0
                 grown = sum(counts)
-            current.append(traveller)
+            current += [traveller] if traveller.companion is None else [traveller, traveller.companion]
             sent = [a + b for a, b in zip(sent, counts, strict=True)]
             received[traveller.home] += sum(counts)
             largest = max(largest, grown)

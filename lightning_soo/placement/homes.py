@@ -26,7 +26,8 @@ class Place:
         homes: ranks that hold its roots and precondition it: one in every copy of the model, all of them where every
             rank holds the parameter.
         refresher: the rank whose workers compute its roots.
-        keeper: the rank that keeps its statistics: the refresher where that is a home, else the first home.
+        keeps_at_refresher: whether the refresher keeps the statistics wherever the homes are: they do not come from
+            assembled gradients.
         travels: whether no single rank of a copy holds all of it.
         milliseconds: refresher's cost per step.
     """
@@ -35,10 +36,12 @@ class Place:
     refresher: int
     travels: bool
     milliseconds: float
+    keeps_at_refresher: bool = False
 
     @property
     def keeper(self) -> int:
-        return self.refresher if self.refresher in self.homes else self.homes[0]
+        """The rank that keeps its statistics: the refresher where that is a home, else the first home."""
+        return self.refresher if self.keeps_at_refresher or self.refresher in self.homes else self.homes[0]
 
 
 def place_blocks(
@@ -48,6 +51,8 @@ def place_blocks(
     precondition_frequency: int,
     statistics_frequency: int,
     previous: Mapping[str, Place],
+    companions: Mapping[str, tuple[int, Block]] | None = None,
+    keep_at_refresher: bool = False,
     refresh_at_home: bool = False,
 ) -> dict[str, Place]:
     """Choose homes for locality first and refreshers for balance first.
@@ -55,6 +60,8 @@ def place_blocks(
     Args:
         blocks: ``(parameter, block)``.
         previous: places of an earlier plan, kept where the block is still there.
+        companions: block key -> ``(parameter, block)`` of what has to be where it is.
+        keep_at_refresher: statistics are kept by refreshers.
         refresh_at_home: a refresh needs what homes alone hold, so the refresher is one of them.
 
     Returns:
@@ -70,20 +77,28 @@ def place_blocks(
     costs: dict[str, float] = {}
     replicated: dict[int, bool] = {}
     for parameter, block in blocks:
-        if parameter not in replicated:
-            replicated[parameter] = table.is_replicated(parameter, math.prod(block.merged_shape))
-        if replicated[parameter]:
+        alike = [(parameter, block), *([companions[block.key]] if companions and block.key in companions else ())]
+        for index, each in alike:
+            if index not in replicated:
+                replicated[index] = table.is_replicated(index, math.prod(each.merged_shape))
+        if all(replicated[index] for index, _ in alike):
             homes[block.key] = everyone
             continue
         ranges = [table.ranges[rank][parameter] for rank in copy]
-        costs[block.key] = home_milliseconds_per_step(block) + statistics_milliseconds_per_step(
-            block, statistics_frequency
+        costs[block.key] = home_milliseconds_per_step(block) + (
+            0.0 if keep_at_refresher else statistics_milliseconds_per_step(block, statistics_frequency)
         )
-        first, last = flat_span(block.merged_shape, block.ranges)
-        inside = [place for place, (start, stop) in enumerate(ranges) if start <= first and last < stop]
+        inside = set(range(table.shards))
+        for index, each in alike:
+            first, last = flat_span(each.merged_shape, each.ranges)
+            inside &= {
+                place
+                for place, rank in enumerate(copy)
+                if table.ranges[rank][index][0] <= first and last < table.ranges[rank][index][1]
+            }
         if inside:
-            homes[block.key] = by_place[inside[0]]
-            loads[inside[0]] += costs[block.key]
+            homes[block.key] = by_place[min(inside)]
+            loads[min(inside)] += costs[block.key]
             continue
         travels.add(block.key)
         if block.key in previous:
@@ -101,7 +116,11 @@ def place_blocks(
     refresh = {
         block.key: refresh_milliseconds(block) / precondition_frequency
         # where every rank is a home, the refresher alone keeps statistics
-        + (statistics_milliseconds_per_step(block, statistics_frequency) if replicated[parameter] else 0.0)
+        + (
+            statistics_milliseconds_per_step(block, statistics_frequency)
+            if replicated[parameter] and not keep_at_refresher
+            else 0.0
+        )
         for parameter, block in blocks
     }
     owners = {key: previous[key].refresher for key in refresh if key in previous}
@@ -114,11 +133,17 @@ def place_blocks(
         near = [homes[key] for key in new]
         found = assign_near(values, near, table.ranks, carried, near_enough=math.inf)
         owners.update(zip(new, found, strict=True))
-    elif all(homes[key] is everyone for key in new):
+    elif keep_at_refresher or all(homes[key] is everyone for key in new):
         owners.update(zip(new, assign(values, table.ranks, carried), strict=True))
     else:
         owners.update(zip(new, assign_near(values, [homes[key] for key in new], table.ranks, carried), strict=True))
     return {
-        key: Place(homes=homes[key], refresher=owners[key], travels=key in travels, milliseconds=refresh[key])
+        key: Place(
+            homes=homes[key],
+            refresher=owners[key],
+            travels=key in travels,
+            milliseconds=refresh[key],
+            keeps_at_refresher=keep_at_refresher,
+        )
         for key in refresh
     }

@@ -13,6 +13,7 @@ from lightning_soo.placement.blocks import Block, BlockRules, partition
 from lightning_soo.placement.chains import chain_length
 from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets, travel_parts
 from lightning_soo.placement.homes import Place, place_blocks
+from lightning_soo.placement.layers import LayerBlock, LayerSpec, cut_layers
 from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import Override, ParameterSpec, resolve
 
@@ -51,12 +52,14 @@ class PlannedParameter:
 
     Attributes:
         chain: length of its chains, for methods that have bands in place of units.
+        joined: keys of other parameters' units that it is preconditioned with: a bias, with its weight.
     """
 
     spec: ParameterSpec
     units: tuple[Unit, ...]
     reason: str
     chain: int | None = None
+    joined: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -64,7 +67,7 @@ class PlannedParameter:
 
     @property
     def is_preconditioned(self) -> bool:
-        return bool(self.units) or self.chain is not None
+        return bool(self.units or self.joined) or self.chain is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,7 @@ class Plan:
         """Hash of everything that must be the same on every rank."""
         rows = [
             [
-                *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason, p.chain),
+                *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason, p.chain, list(p.joined)),
                 [[u.key, u.refresher, list(u.homes), u.place.travels, list(u.block.dims)] for u in p.units],
             ]
             for p in self.parameters
@@ -190,9 +193,11 @@ def build_plan(
     precondition_frequency: int = 20,
     statistics_frequency: int = 1,
     exchange_bucket_bytes: int = 2**25,
-    element_bytes: Callable[[ParameterSpec], tuple[int, int, int]] = lambda spec: (spec.dtype.itemsize, 4, 0),
+    state_bytes: Callable[[ParameterSpec, Block], tuple[int, int, int]] = lambda spec, block: (0, 0, 0),
     exchanges: int = 1,
     chain: str | None = None,
+    layers: Sequence[LayerSpec] | None = None,
+    groups: Sequence[int] | None = None,
     previous: Mapping[str, Place] | None = None,
     refresh_at_home: bool = False,
 ) -> Plan:
@@ -200,27 +205,53 @@ def build_plan(
 
     Args:
         table: what every rank holds; None is everything on each of ``ranks``.
-        element_bytes: size of an element of a parameter's roots, of its statistics and of its moments.
+        state_bytes: of a block's roots, of its statistics and of its moments.
+        layers: what has factors, in place of cuts by size (K-FAC). Statistics do not come from gradients then: the
+            rank that refreshes a block keeps them.
+        groups: number of each parameter's group; None is one group.
         chain: bands along chains in place of blocks, see :class:`lightning_soo.SONew`.
         previous: block key -> place in the plan before; blocks that are still there stay where they are, so that
             nothing moves when a parameter group is added.
     """
     table = table or FragmentTable.whole([math.prod(spec.shape) for spec in specs], ranks)
-    cut: list[tuple[ParameterSpec, list[Block], str]] = []
-    for spec, (method, own) in zip(specs, resolve(specs, rules, overrides), strict=True):
-        blocks: list[Block] = []
+    resolved = resolve(specs, rules, overrides)
+    layer_cut = None
+    if layers is not None:
+        excluded = {
+            spec.name: "override: none" if spec.requires_grad else "frozen"
+            for spec, (method, _) in zip(specs, resolved, strict=True)
+            if method == "none" or not spec.requires_grad
+        }
+        together = {
+            spec.name: (group, spec.part) for spec, group in zip(specs, groups or [0] * len(specs), strict=True)
+        }
+        layer_cut = cut_layers(specs, layers, together, excluded)
+    cut: list[tuple[ParameterSpec, Sequence[Block], str]] = []
+    for spec, (method, own) in zip(specs, resolved, strict=True):
+        blocks: Sequence[Block] = []
         if not spec.requires_grad:
             reason = "frozen"
         elif method == "none":
             reason = "override: none"
         elif chain is not None:
             reason = "one element" if math.prod(spec.shape) == 1 else "empty" if 0 in spec.shape else ""
+        elif layer_cut is not None:
+            blocks, reason = layer_cut.blocks.get(spec.name, []), layer_cut.reasons.get(spec.name, "")
         else:
             blocks, reason = partition(spec.name, spec.shape, own)
         cut.append((spec, blocks, reason))
+    index_of = {spec.name: index for index, spec in enumerate(specs)}
+    companions = {
+        block.key: (index_of[block.bias.parameter], block.bias)
+        for _, blocks, _ in cut
+        for block in blocks
+        if isinstance(block, LayerBlock) and block.bias is not None
+    }
     places = place_blocks(
         [(parameter, block) for parameter, (_, blocks, _) in enumerate(cut) for block in blocks],
         table,
+        companions=companions,
+        keep_at_refresher=layers is not None,
         precondition_frequency=precondition_frequency,
         statistics_frequency=statistics_frequency,
         previous=previous or {},
@@ -228,38 +259,43 @@ def build_plan(
     )
     parameters = []
     for spec, blocks, reason in cut:
-        root_size, statistics_size, moment_size = element_bytes(spec)
         units = []
         for block in blocks:
-            elements = sum(order**2 for order in block.orders)
+            roots, statistics, moments = state_bytes(spec, block)
             units.append(
                 Unit(
                     block=block,
                     place=places[block.key],
-                    root_bytes=elements * root_size,
-                    statistics_bytes=elements * statistics_size,
-                    moment_bytes=math.prod(block.shape) * moment_size,
+                    root_bytes=roots,
+                    statistics_bytes=statistics,
+                    moment_bytes=moments,
                 )
             )
         length = chain_length(spec.shape, chain) if chain is not None and not reason else None
-        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length))
+        joined = tuple(layer_cut.joined.get(spec.name, ())) if layer_cut is not None else ()
+        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length, joined=joined))
     travellers: dict[int, list[Traveller]] = {}
     number = 0
     copy = table.copy_of(0)
+
+    def traveller(index: int, block: Block, unit: Unit, companion: Traveller | None = None) -> Traveller:
+        return Traveller(
+            unit=number,
+            key=block.key,
+            parameter=index,
+            box=block.ranges,
+            home=table.shard[unit.homes[0]],
+            dtype=specs[index].dtype,
+            parts=travel_parts(block.merged_shape, block.ranges, [table.ranges[rank][index] for rank in copy]),
+            companion=companion,
+        )
+
     for index, parameter in enumerate(parameters):
-        ranges = [table.ranges[rank][index] for rank in copy]
         for unit in parameter.units:
             if unit.place.travels:
-                travellers.setdefault(parameter.spec.part, []).append(
-                    Traveller(
-                        unit=number,
-                        key=unit.key,
-                        parameter=index,
-                        home=table.shard[unit.homes[0]],
-                        dtype=parameter.spec.dtype,
-                        parts=travel_parts(unit.block.merged_shape, unit.block.ranges, ranges),
-                    )
-                )
+                with_it = companions.get(unit.key)
+                companion = traveller(*with_it, unit) if with_it is not None else None
+                travellers.setdefault(parameter.spec.part, []).append(traveller(index, unit.block, unit, companion))
             number += 1
     buckets = {
         part: tuple(fill_buckets(found, table.shards, exchange_bucket_bytes)) for part, found in travellers.items()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics, multiply
 from lightning_soo.refresh.jobs import Job, JobResult
 
@@ -52,10 +53,14 @@ class EigenbasisBlock(KroneckerBlock):
     """
 
     needs_gradient: ClassVar[bool] = True
-    symmetric: ClassVar[bool] = False
     ready: bool = True  # the identity is a basis
     second_moment: Tensor | None = None
     second_moment_weight: float = 0.0
+
+    @classmethod
+    def root_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
+        """One basis per preconditioned dimension."""
+        return tuple(ArrayLayout((order, order)) for order in block.orders)
 
     @property
     def state_bytes(self) -> int:

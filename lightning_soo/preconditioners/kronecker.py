@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_soo.placement.blocks import Block
+from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.refresh.jobs import Job, JobResult
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class KroneckerStatistics:
     peak: float = 0.0
 
     @classmethod
-    def zeros(cls, block: Block, *, dtype: torch.dtype, device: torch.device) -> KroneckerStatistics:
-        return cls([torch.zeros(order, order, dtype=dtype, device=device) for order in block.orders])
+    def zeros(cls, layouts: Sequence[ArrayLayout], *, dtype: torch.dtype, device: torch.device) -> KroneckerStatistics:
+        return cls([torch.zeros(layout.shape, dtype=dtype, device=device) for layout in layouts])
 
     def observe(self, block: Block, gradient: Tensor, *, decay: float, weight: float, magnitude: float) -> None:
         """Add one gradient: ``A_i <- decay A_i + weight unfold_i(G) unfold_i(G)^T``.
@@ -104,12 +104,10 @@ class KroneckerBlock:
         refreshed_observations: how many the last refresh had seen.
         ready: whether roots are in use, wherever the block lives; known on every rank.
         needs_gradient: whether :meth:`precondition` wants the gradient beside its running mean.
-        symmetric: whether the matrices of a refresh are, so that half of each is sent.
-        roots: one ``(n, n)`` per preconditioned dimension where the block is applied, None before the first is in.
+        roots: as :meth:`root_layouts` says where the block is applied, None before the first are in.
     """
 
     needs_gradient: ClassVar[bool] = False
-    symmetric: ClassVar[bool] = True
     block: Block
     exponent: float
     compute_dtype: torch.dtype
@@ -123,6 +121,16 @@ class KroneckerBlock:
     roots: list[Tensor] | None = None
     failures: int = 0
     diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def statistics_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
+        """Arrays of a block's statistics: one ``(n, n)`` per preconditioned dimension."""
+        return tuple(ArrayLayout((order, order), symmetric=True) for order in block.orders)
+
+    @classmethod
+    def root_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
+        """Arrays that a refresh gives: one ``(n, n)`` per preconditioned dimension."""
+        return cls.statistics_layouts(block)
 
     @property
     def state_bytes(self) -> int:

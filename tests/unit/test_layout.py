@@ -142,7 +142,15 @@ def test_a_table_that_loses_elements_is_refused(rows: list[list[int]], message: 
 
 def test_buckets_keep_dtypes_apart() -> None:
     def traveller(unit: int, dtype: torch.dtype) -> Traveller:
-        return Traveller(unit=unit, key=str(unit), parameter=0, home=0, dtype=dtype, parts=((((0, 2),),), (((2, 4),),)))
+        return Traveller(
+            unit=unit,
+            key=str(unit),
+            parameter=0,
+            box=((0, 4),),
+            home=0,
+            dtype=dtype,
+            parts=((((0, 2),),), (((2, 4),),)),
+        )
 
     dtypes = [torch.float32, torch.float32, torch.bfloat16]
     buckets = fill_buckets([traveller(unit, dtype) for unit, dtype in enumerate(dtypes)], 2, 10**6)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_soo.optim.outcomes import Outcome
+from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.refresh.arena import Arena
 from lightning_soo.refresh.executors import InlineExecutor, ThreadExecutor
 from lightning_soo.refresh.jobs import Job, run_job
@@ -167,7 +168,7 @@ def test_a_bad_result_is_not_a_root(executor: ProcessExecutor, name: str, messag
     import torch
 
     executor.submit("a", other_job(name))
-    outcome = Outcome.of(executor.result("a"), (4,), torch.float32)
+    outcome = Outcome.of(executor.result("a"), (ArrayLayout((4, 4)),), torch.float32)
     assert outcome.roots is None and message in outcome.error
 
 
