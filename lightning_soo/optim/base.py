@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
             self._refresh(part)
             self._precondition(part, members)
             self._apply(members)
+        self._end_step(part)
         return loss
 
     def _part(self) -> int:
@@ -73,7 +74,9 @@ class SecondOrderOptimizer(DirectedOptimizer):
         still. One non-finite gradient anywhere skips the step for all.
         """
         flags, sparse = self._local_flags()
-        values = self._transport.largest(flags).tolist()
+        marks = self._marks()
+        agreed = self._transport.largest(torch.cat([flags, torch.tensor(marks, dtype=flags.dtype)])).tolist()
+        values, marks = agreed[: len(flags)], agreed[len(flags) :]
         if values.pop():
             where = f"parameter {sparse!r}" if sparse is not None else "a parameter on another rank"
             raise TypeError(f"{where} has a sparse gradient: build its Embedding with sparse=False")
@@ -89,8 +92,19 @@ class SecondOrderOptimizer(DirectedOptimizer):
             return
         for member, value in zip(self._members, values, strict=True):
             member.magnitude = value
+        self._take_marks(marks)
         self._moves = any(values)
         self.steps += self._moves
+
+    def _marks(self) -> list[float]:
+        """What else ranks have to agree on before anything changes: the largest counts."""
+        return []
+
+    def _take_marks(self, marks: Sequence[float]) -> None:
+        """What all ranks have agreed on of :meth:`_marks`."""
+
+    def _end_step(self, part: int) -> None:
+        """A part of the step is over, or it was skipped."""
 
     def _local_flags(self) -> tuple[Tensor, str | None]:
         """Largest magnitude of every parameter's local gradient and whether one is sparse; that one's name."""

@@ -32,6 +32,7 @@ class Member:
         fragment: what this rank holds of it; may be nothing.
         blocks: all of its blocks, wherever they live.
         whole_blocks: those preconditioned here that lie completely in the fragment.
+        joined: blocks of other parameters that it is preconditioned with.
         run: of a parameter with chains (SONew).
         graft: whose step size it has, or moves it alone; None where the direction has its own.
         counts: whether this rank adds its elements to sums over all ranks (each element is added once).
@@ -48,6 +49,7 @@ class Member:
     blocks: list[KroneckerBlock]
     whole_blocks: list[KroneckerBlock]
     graft: str | None
+    joined: list[KroneckerBlock] = field(default_factory=list)
     run: Run | None = None
     counts: bool = True
     counter: Tensor | None = None
@@ -71,10 +73,14 @@ class Member:
     @property
     def is_ready(self) -> bool:
         """Whether all roots are in, wherever they live; before, the graft moves the whole parameter."""
-        return bool(self.blocks) and all(block.ready for block in self.blocks)
+        needed = (*self.blocks, *self.joined)
+        return bool(needed) and all(block.ready for block in needed)
 
     @property
     def merged_shape(self) -> tuple[int, ...]:
+        if not self.blocks and self.joined:
+            bias = getattr(self.joined[0].block, "bias")  # noqa: B009
+            return tuple(bias.merged_shape)
         return self.blocks[0].block.merged_shape
 
     def weights(self, interval: int = 1) -> tuple[float, float]:
@@ -171,6 +177,9 @@ def make_members(
             step = states[fragment.tensor].get("step", torch.tensor(0.0))
             member.counter = counters.get(member.name, step.clone())
         members.append(member)
+    made = {block.block.key: block for member in members for block in member.blocks}
+    for member in members:
+        member.joined = [made[key] for key in member.planned.joined]
     return members
 
 

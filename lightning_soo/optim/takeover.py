@@ -11,11 +11,12 @@ from torch import nn
 
 from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.kfac import KFAC
 from lightning_soo.optim.shampoo import Shampoo
 from lightning_soo.optim.soap import SOAP
 from lightning_soo.optim.sonew import SONew
 
-METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo, "soap": SOAP, "sonew": SONew}
+METHODS: dict[str, type[SecondOrderOptimizer]] = {"shampoo": Shampoo, "soap": SOAP, "sonew": SONew, "kfac": KFAC}
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -39,8 +40,8 @@ def take_over(
 ) -> SecondOrderOptimizer:
     """Make ``optimizer`` (AdamW, Adam or SGD) a second-order one: the same object, groups, settings and moments.
 
-    AdamW and Adam become the Adam graft; SGD becomes the SGD graft with its momentum after grafting. Options given
-    explicitly win over what is taken. Converting twice does nothing.
+    AdamW and Adam become the Adam graft; SGD becomes the SGD graft with its momentum after grafting, but K-FAC keeps
+    its own step size in place of SGD's. Options given explicitly win over what is taken. Converting twice does nothing.
 
     Raises:
         TypeError: another optimizer, or a setting that has no counterpart.
@@ -61,18 +62,22 @@ def take_over(
             if group.get(name):
                 raise TypeError(f"cannot take over {kind.__name__} with {name}=True (parameter group {number})")
     sgd = kind is torch.optim.SGD
-    if sgd and METHODS[method] is not Shampoo:
+    if sgd and METHODS[method] not in (Shampoo, KFAC):
         raise TypeError(
-            f"{METHODS[method].__name__} has Adam's step size and cannot take over SGD: use AdamW, or Shampoo"
+            f"{METHODS[method].__name__} has Adam's step size and cannot take over SGD: use AdamW, or Shampoo or KFAC"
         )
     first = optimizer.defaults
     settings: dict[str, Any] = {"lr": first["lr"], "weight_decay": first["weight_decay"]}
     if sgd:
         settings |= {name: first[name] for name in ("momentum", "dampening", "nesterov")}
-        settings |= {"betas": (0.0, 0.999), "grafting": "sgd", "decoupled_weight_decay": False}
+        settings |= {"betas": (0.0, 0.999), "decoupled_weight_decay": False}
+        if METHODS[method] is Shampoo:
+            settings["grafting"] = "sgd"
     else:
         decoupled = bool(first.get("decoupled_weight_decay", kind is torch.optim.AdamW))
         settings |= {"betas": first["betas"], "eps": first["eps"], "decoupled_weight_decay": decoupled}
+        if METHODS[method] is KFAC:  # learning rates of AdamW are those of its step size
+            settings |= {"grafting": "adam", "momentum": 0.0}
     cls = METHODS[method]
     groups, state = optimizer.param_groups, optimizer.state
     explicit = {name: value for name, value in options.items() if name in settings}

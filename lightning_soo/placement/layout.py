@@ -28,6 +28,7 @@ class Layout:
         part_of: ``id(tensor)`` -> part, for engines that call ``step()`` once per part.
         pending_gradients: for such engines: the gradients that are not in ``.grad`` yet, and the factor by which they
             are still scaled; asked for before the first part moves.
+        loss_divisor: for engines that scale the loss themselves: what they have divided it by.
     """
 
     engine: str
@@ -38,6 +39,7 @@ class Layout:
     shard_ranks: tuple[int, ...] = ()
     part_of: Mapping[int, int] = field(default_factory=dict)
     pending_gradients: Callable[[], tuple[Mapping[int, Tensor], float]] | None = None
+    loss_divisor: Callable[[], float] | None = None
 
     def row(self, rank: int) -> list[int]:
         """This rank's place and ranges as integers, for the exchange."""

@@ -12,7 +12,7 @@ import torch
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import BlockRules
 
-METHODS = ("shampoo", "soap", "sonew", "none")
+METHODS = ("shampoo", "soap", "sonew", "kfac", "none")
 _KEYS = ("match", "method", *(f.name for f in fields(BlockRules) if f.name != "is_embedding"))
 
 

@@ -78,6 +78,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         shard_ranks=ranks if len(ranks) > 1 else (),
         part_of={} if at_once else {id(flat): part for part, flat in enumerate(flats)},
         pending_gradients=None if at_once else _pending(zero, flats, fragments, parts),
+        loss_divisor=_loss_divisor(zero, model),
     )
 
 
@@ -133,6 +134,17 @@ def _pending(
                     found[index] = piece.reshape(-1)[: fragments[index].stop - fragments[index].start]
                 position += piece.numel()
         return found, float(zero.loss_scale)
+
+    return read
+
+
+def _loss_divisor(zero: Any, model: nn.Module | None) -> Callable[[], float]:
+    """DeepSpeed divides a loss by the number of micro-batches, and scales it in float16."""
+
+    def read() -> float:
+        steps = getattr(model, "gradient_accumulation_steps", None)  # of the engine
+        count = steps() if callable(steps) else getattr(zero, "gradient_accumulation_steps", 1)
+        return float(count) / float(getattr(zero, "loss_scale", 1.0))
 
     return read
 

@@ -1,0 +1,63 @@
+"""K-FAC's options that hold for the whole optimizer, typed and validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_soo.naming import nearest
+from lightning_soo.optim.options import ShampooOptions
+
+DAMPING_METHODS = ("exact", "pi")
+FISHERS = ("empirical", "mc", "ggn")
+APPROXIMATIONS = ("expand", "reduce")
+LIKELIHOODS = ("categorical", "gaussian")
+FALLBACKS = ("sgd", "adam")
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFACOptions(ShampooOptions):
+    """The meaning of each field stands in :class:`lightning_soo.KFAC`."""
+
+    damping: float = 1e-3
+    damping_method: str = "exact"
+    kl_clip: float | None = 1e-3
+    fisher: str = "empirical"
+    likelihood: str = "categorical"
+    approximation: str = "expand"
+    factor_decay: float = 0.95
+    batch_reduction: str = "mean"
+    moves_the_rest: str = "sgd"
+    statistics_ranks: int | None = None
+    statistics_positions: int | None = None
+    gram_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping}: must be above 0")
+        if self.kl_clip is not None and not self.kl_clip > 0:
+            raise ValueError(f"kl_clip={self.kl_clip}: must be above 0, or None for no bound")
+        if not 0 <= self.factor_decay < 1:
+            raise ValueError(f"factor_decay={self.factor_decay}: must be in [0, 1)")
+        for name in ("statistics_ranks", "statistics_positions"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1, or None")
+        for name, choices in (
+            ("damping_method", DAMPING_METHODS),
+            ("fisher", FISHERS),
+            ("likelihood", LIKELIHOODS),
+            ("approximation", APPROXIMATIONS),
+            ("batch_reduction", REDUCTIONS),
+            ("moves_the_rest", FALLBACKS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
+
+    @property
+    def fallback(self) -> str | None:
+        """What moves the parameters that are not preconditioned."""
+        return self.moves_the_rest if self.grafting is None else self.grafting

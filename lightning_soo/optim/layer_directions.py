@@ -1,0 +1,169 @@
+"""From gradients to directions layer by layer: a weight together with its bias, and a bound on the whole step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.kfac_options import KFACOptions
+from lightning_soo.optim.members import Member
+from lightning_soo.placement.blocks import Block
+from lightning_soo.placement.layout import Layout
+from lightning_soo.placement.plan import Plan
+from lightning_soo.preconditioners.layer_factors import LayerFactorsBlock
+
+
+class LayerDirections(SecondOrderOptimizer):
+    """Preconditions layers where they live."""
+
+    options: KFACOptions
+    block_class = LayerFactorsBlock
+
+    def _reset_runtime(self) -> None:
+        super()._reset_runtime()
+        self._products: list[Tensor] = []
+        self._total = 0.0  # of the parts of this step so far
+        self._last_total: float | None = None  # of the step before
+        self._clip_factor = 1.0
+        self._by_name: dict[str, Member] = {}
+
+    def _install_plan(self, plan: Plan, layout: Layout) -> None:
+        super()._install_plan(plan, layout)
+        self._by_name = {member.name: member for member in self._members}
+
+    @property
+    def damping(self) -> float:
+        """``lambda``, as it is now."""
+        return self.options.damping
+
+    @property
+    def _parts(self) -> int:
+        """In how many parts the engine takes a step."""
+        assert self._layout is not None
+        return len(set(self._layout.part_of.values())) or 1
+
+    @staticmethod
+    def _blocks_of(member: Member) -> Iterator[LayerFactorsBlock]:
+        """Blocks that precondition some of a parameter."""
+        for block in (*member.blocks, *member.joined):
+            assert isinstance(block, LayerFactorsBlock)
+            yield block
+
+    def _precondition(self, part: int, members: list[Member]) -> None:
+        self._products = []
+        for member in members:
+            for block in self._blocks_of(member):
+                block.damping = self.damping
+        super()._precondition(part, members)
+        self._clip(part, [member for member in members if member.is_ready and member.graft is None])
+
+    def _precondition_whole_blocks(self, member: Member, filtered: Tensor) -> None:
+        """Nothing by itself: a weight waits for its bias."""
+
+    def _precondition_travellers(self, part: int, filtered_of: dict[int, Tensor]) -> None:
+        moving = {member.name: member for member in self._members if id(member) in filtered_of}
+        self._precondition_here({name: (member, filtered_of[id(member)]) for name, member in moving.items()})
+        self._precondition_pieces(part, moving, filtered_of)
+
+    def _precondition_here(self, moving: Mapping[str, tuple[Member, Tensor]]) -> None:
+        """Layers that lie completely in this rank's fragments."""
+        assert self._plan is not None and self._refresher is not None
+        sources = {name: filtered.contiguous() for name, (_, filtered) in moving.items()}
+        targets = {name: member.gradient.contiguous() for name, (member, _) in moving.items()}
+        for unit in self._plan.units:
+            if unit.place.travels or self._transport.rank not in unit.homes:
+                continue
+            block = self._refresher.blocks[unit.key]
+            assert isinstance(block, LayerFactorsBlock)
+            bias = block.layer.bias
+            if block.block.parameter not in moving and (bias is None or bias.parameter not in moving):
+                continue
+
+            def view(box: Block, tensors: Mapping[str, Tensor]) -> Tensor | None:
+                name = box.parameter
+                return moving[name][0].view(tensors[name], box.ranges) if name in moving else None
+
+            weight = view(block.block, sources)
+            of_bias = view(bias, sources) if bias is not None else None
+            found = self._direction(block, weight, of_bias)
+            for box, direction in zip((block.block, bias), found, strict=True):
+                target = view(box, targets) if box is not None else None
+                if target is not None and direction is not None:
+                    target.copy_(direction)
+        for name, (member, _) in moving.items():
+            if targets[name] is not member.gradient:
+                member.gradient.copy_(targets[name])
+
+    def _precondition_pieces(self, part: int, moving: Mapping[str, Member], filtered_of: Mapping[int, Tensor]) -> None:
+        """Layers in pieces: assembled at their homes, and their directions brought back."""
+        assert self._refresher is not None and self._assembly is not None
+
+        def moves(member: Member) -> bool:
+            return member.name in moving
+
+        def target(member: Member) -> Tensor:
+            return member.gradient
+
+        for bucket, units in self._assembly.arrive(part, moves, [lambda member: filtered_of.get(id(member))]):
+            directions: dict[str, Tensor] = {}
+            for traveller in bucket.travellers:
+                block = self._refresher.blocks.get(traveller.key)
+                if block is None or traveller.key not in units or block.roots is None:
+                    continue  # a bias comes with its weight
+                assert isinstance(block, LayerFactorsBlock)
+                bias = block.layer.bias
+                if block.block.parameter not in moving and (bias is None or bias.parameter not in moving):
+                    continue
+                found = self._direction(block, units[traveller.key], units[bias.key] if bias is not None else None)
+                directions[traveller.key] = found[0]
+                if bias is not None and found[1] is not None:
+                    directions[bias.key] = found[1]
+            self._assembly.give_back(bucket, directions, target)
+        self._assembly.finish(target)
+
+    def _direction(
+        self, block: LayerFactorsBlock, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a layer; what does not move counts as zero."""
+        if weight is None:
+            assert bias is not None
+            weight = torch.zeros(block.block.shape, dtype=bias.dtype, device=bias.device)
+        if bias is None and block.layer.bias is not None:
+            bias = torch.zeros(block.layer.bias.shape, dtype=weight.dtype, device=weight.device)
+        of_weight, of_bias, product = block.direction(weight, bias)
+        if self._counts(block):
+            member = self._by_name[block.block.parameter]
+            factor = float(member.group["lr"]) * member.scale
+            self._products.append(product.to(torch.float64) * factor**2)
+        return of_weight, of_bias
+
+    def _counts(self, block: LayerFactorsBlock) -> bool:
+        """Whether this rank adds a layer's product to the sum over all ranks: each is added once."""
+        assert self._plan is not None and self._refresher is not None
+        table, rank = self._plan.table, self._transport.rank
+        if table.shards == 1:
+            return True
+        everywhere = len(self._refresher.places[block.block.key].homes) == table.ranks
+        return rank == 0 if everywhere else table.replica[rank] == 0
+
+    def _clip(self, part: int, members: list[Member]) -> None:
+        """Bound ``lr^2 <D, G>``, the square of the step in the metric of the Fisher matrix, by ``kl_clip``.
+
+        ``nu = min(1, sqrt(kl_clip / sum lr^2 <D, G>))`` (Ba, Grosse and Martens 2017, section 5): one reduction, one
+        host synchronisation. Where the engine steps in parts the sum is that of the step before.
+        """
+        if self.options.kl_clip is None or self.options.grafting is not None:
+            return
+        total = self._totals([sum(self._products, torch.zeros((), dtype=torch.float64))])[0]
+        self._total = total if part == 0 else self._total + total
+        if self._parts > 1:
+            total = self._last_total if self._last_total is not None else 0.0
+            if part == self._parts - 1:
+                self._last_total = self._total
+        self._clip_factor = min(1.0, math.sqrt(self.options.kl_clip / total)) if total > 0 else 1.0
+        for member in members:
+            member.scale *= self._clip_factor

@@ -1,0 +1,194 @@
+"""An optimizer whose preconditioner is made of what layers see (K-FAC): hooks, statistics, and what they belong to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_soo.capture.recorder import Layer, Recorder, find_layers
+from lightning_soo.optim.contributions import add_up
+from lightning_soo.optim.layer_directions import LayerDirections
+from lightning_soo.optim.members import Member
+from lightning_soo.placement.layers import LayerSpec
+from lightning_soo.placement.layout import Layout
+from lightning_soo.placement.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class LayeredOptimizer(LayerDirections):
+    """Statistics come from hooks on the model's layers, one step's at a time, and are added up over all ranks."""
+
+    def _reset_runtime(self) -> None:
+        super()._reset_runtime()
+        self._recorder: Recorder | None = None
+        self._micro_batches = 1
+        self._scaler: Any = None
+        self._captured: set[str] = set()  # layers that some rank has seen in this step
+        self._named: set[str] = set()  # layers of which a warning was given
+
+    def remember(self, model: nn.Module) -> None:
+        """Take names and layers from ``model`` and hang hooks on it: the next backward pass counts."""
+        super().remember(model)
+        if self._recorder is None or not self._recorder.belongs_to(model):
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+        options = self.options
+        self._recorder = Recorder(
+            model,
+            approximation=options.approximation,
+            batch_reduction=options.batch_reduction,
+            max_order=options.max_preconditioner_dim,
+            fisher=options.fisher,
+            likelihood=options.likelihood,
+            positions=options.statistics_positions,
+            gram_dtype=options.gram_dtype,
+        )
+
+    def _read_layout(self) -> Layout:
+        model = self._model() if self._model is not None else None
+        if model is not None and self._plan is not None and self._recorder is not None:
+            layers, _ = find_layers(model)
+            if [_trained(layer) for layer in layers] != [_trained(layer) for layer in self._recorder.layers]:
+                self._watch(model)  # parameters were frozen or unfrozen
+        return super()._read_layout()
+
+    def _layers(self) -> Sequence[LayerSpec]:
+        if self._recorder is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} looks at a model's layers: build it with the model, {name}(model, ...), or call "
+                "optimizer.attach(model) before the first forward pass"
+            )
+        return [_layer_spec(layer, self.options.damping_method) for layer in self._recorder.layers]
+
+    def _install_plan(self, plan: Plan, layout: Layout) -> None:
+        super()._install_plan(plan, layout)
+        self._set_recording()
+
+    def accumulate(self, micro_batches: int, scaler: Any = None) -> None:
+        """Say what the loss is divided by, and scaled by, before ``backward()``; Lightning's front doors do it.
+
+        Args:
+            micro_batches: by which each micro-batch's loss is divided; 1 where losses are accumulated undivided.
+            scaler: the ``torch.amp.GradScaler``, if any: layers see gradients with its scale.
+        """
+        if not micro_batches >= 1:
+            raise ValueError(f"micro_batches={micro_batches}: must be at least 1")
+        self._micro_batches, self._scaler = micro_batches, scaler
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what layers have seen since the last step is forgotten with the gradients."""
+        super().zero_grad(set_to_none)
+        if self._recorder is not None:
+            self._recorder.clear()
+
+    def close(self) -> None:
+        """Stop background work and take the hooks off the model; the next step hangs them on again."""
+        super().close()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+            self._signature = ()
+
+    def _set_recording(self) -> None:
+        """Whether the next step's passes are looked at: in the others a hook is a function call."""
+        assert self._recorder is not None and self._refresher is not None
+        ranks = self.options.statistics_ranks
+        takes_part = ranks is None or self._transport.rank < ranks
+        self._recorder.recording = takes_part and self._refresher.schedule.observes(self.steps + 1)
+        self._recorder.phase = self.steps + 1
+
+    def _end_step(self, part: int) -> None:
+        if part == self._parts - 1 or not self._moves:
+            assert self._recorder is not None
+            self._recorder.clear()
+            self._set_recording()
+
+    def _marks(self) -> list[float]:
+        """For each layer whether it was seen here; infinite where its factors are not finite."""
+        assert self._recorder is not None and self._refresher is not None
+        if not self._refresher.schedule.observes(self.steps + 1):
+            return []
+        found = [self._recorder.sums[layer.name].gradients for layer in self._recorder.layers]
+        traces = [_trace(factor) for factor in found if factor is not None]
+        values = iter(torch.stack(traces).tolist() if traces else [])
+        return [0.0 if factor is None else 1.0 if next(values) < float("inf") else float("inf") for factor in found]
+
+    def _take_marks(self, marks: Sequence[float]) -> None:
+        assert self._recorder is not None
+        layers = self._recorder.layers
+        self._captured = {layer.name for layer, mark in zip(layers, marks, strict=False) if mark == 1.0}
+        for member in self._members if marks else ():
+            for name in {block.layer.layer for block in self._blocks_of(member)} - self._captured - self._named:
+                if member.magnitude > 0:
+                    self._named.add(name)
+                    logger.warning(
+                        "layer %r has a gradient, but no pass through it was seen: its preconditioner stands still. "
+                        "Attach the optimizer before the first forward pass, and call the module itself",
+                        name,
+                    )
+
+    def _observe(self, part: int, members: list[Member]) -> None:
+        assert self._refresher is not None and self._recorder is not None
+        schedule = self._refresher.schedule
+        if not schedule.observes(self.steps):
+            return
+        self._refresher.background.fence()
+        blocks = {block.block.key: block for member in members for block in self._blocks_of(member)}
+        seen = {key: block for key, block in blocks.items() if block.layer.layer in self._captured}
+        decay = self.options.factor_decay ** (self.steps - schedule.observed_before(self.steps))
+        for block in seen.values():
+            block.count(decay=decay, weight=1.0 - decay)
+        found = add_up(
+            self._transport,
+            seen,
+            {key: self._refresher.places[key].keeper for key in seen},
+            self._recorder,
+            gradient_scale=self._loss_divisor() ** 2 if self.options.fisher == "empirical" else 1.0,
+        )
+        for key, factors in found.items():
+            seen[key].update(factors, decay=decay, weight=1.0 - decay)
+
+    def _loss_divisor(self) -> float:
+        """What the loss of a micro-batch was divided by, beside its reduction."""
+        assert self._layout is not None
+        if self._layout.loss_divisor is not None:
+            return self._layout.loss_divisor()
+        return self._micro_batches / float(self._scaler.get_scale() if self._scaler is not None else 1.0)
+
+    def diagnostics(self) -> dict[str, float]:
+        """As of every optimizer here, with the damping and the factor of ``kl_clip`` in the last step."""
+        return {**super().diagnostics(), "damping": self.damping, "kl_clip_factor": self._clip_factor}
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Of a matrix, a diagonal or all of a stack: not finite where anything in it is not."""
+    return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def _trained(layer: Layer) -> tuple[object, ...]:
+    return layer.name, layer.weight_trains, layer.bias_trains
+
+
+def _layer_spec(layer: Layer, damping_method: str) -> LayerSpec:
+    part = layer.part
+    return LayerSpec(
+        name=layer.name,
+        weight=layer.weight,
+        bias=layer.bias,
+        rows=part.rows,
+        bias_rows=part.bias_rows or part.rows,
+        transposed=part.transposed,
+        gradient_factor=part.gradient_factor,
+        input_factors=part.input_factors,
+        joint_bias=part.joint_bias,
+        damping_method=damping_method,
+    )
