@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_soo.capture.parameters import find_tensor
 from lightning_soo.capture.registry import LayerPart, LayerRule, Record, by_example, register
 
 
@@ -83,7 +84,7 @@ class _Watching:
             return result
         pick: dict[str, Callable[[Tensor], Tensor]] = {}
         for part in self._parts:
-            whole = self._module.get_parameter(part.weight)
+            whole = find_tensor(self._module, part.weight)
             if whole.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
                 continue
             first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)

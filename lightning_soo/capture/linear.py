@@ -31,8 +31,7 @@ class TransposedLinearRule(LinearRule):
     kinds = ("transformers.pytorch_utils:Conv1D",)
 
     def parts(self, module: Any) -> list[LayerPart]:
-        inputs, outputs = module.weight.shape
-        return [LayerPart(weight="weight", bias="bias", rows=(0, outputs), inputs=inputs, transposed=True)]
+        return [LayerPart(weight="weight", bias="bias", rows=(0, module.nf), inputs=module.nx, transposed=True)]
 
 
 register(LinearRule())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ class NormalizationRule(LayerRule):
         if module.weight is None:
             return []
         bias = "bias" if getattr(module, "bias", None) is not None else None
-        return [LayerPart(weight="weight", bias=bias, rows=(0, module.weight.numel()), inputs=1, structure="unit")]
+        return [LayerPart(weight="weight", bias=bias, rows=(0, _channels(module)), inputs=1, structure="unit")]
 
     def refusal(self, module: nn.Module) -> str:
         return "a normalisation without a scale"
@@ -62,7 +63,14 @@ class NormalizationRule(LayerRule):
     def _by_channel(self, module: Any, values: Tensor, batch: int) -> Tensor:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return by_example(values.flatten(-len(module.normalized_shape)), batch)
-        return values.reshape(values.shape[0], module.weight.numel(), -1).transpose(1, 2)
+        return values.reshape(values.shape[0], _channels(module), -1).transpose(1, 2)
+
+
+def _channels(module: Any) -> int:
+    # not of the weight: ZeRO-3 leaves none of it between passes
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return math.prod(module.normalized_shape)
+    return int(module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features)
 
 
 def _normalised(module: Any, values: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_soo.capture.factors import FactorSums
-from lightning_soo.capture.registry import LayerPart, LayerRule, Record, find_rule, tensors
+from lightning_soo.capture.layers import Layer, find_layers
+from lightning_soo.capture.registry import Record, tensors
+
+__all__ = ["Layer", "Recorder", "find_layers"]
 
 
 @dataclass
@@ -25,58 +28,6 @@ class _Pass:
 
     batch: int
     is_counted: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A captured part of a module.
-
-    Attributes:
-        name: the module's name, and the part's key.
-        modules: whose uses are summed: several where they share the weight.
-    """
-
-    name: str
-    part: LayerPart
-    rule: LayerRule
-    modules: tuple[nn.Module, ...]
-
-
-def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
-    """Every part of a model that has factors, and why other modules with parameters of their own have none.
-
-    Modules that share their weight are one layer where they are of one family, else the first found has it.
-    """
-    owners: dict[tuple[int, str], Layer] = {}
-    reasons: dict[str, str] = {}
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in inside:
-            continue
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-        if not own:
-            continue
-        rule = find_rule(module)
-        if rule is None:
-            reasons[name] = f"no rule for {type(module).__name__}"
-            continue
-        if rule.covers_children:
-            inside.update(child for child in module.modules() if child is not module)
-        parts = rule.parts(module)
-        if not parts:
-            reasons[name] = rule.refusal(module)
-        for part in parts:
-            weight = module.get_parameter(part.weight)
-            key = id(weight), part.key
-            known = owners.get(key)
-            if known is None:
-                full = f"{name}/{part.key}" if part.key else name
-                owners[key] = Layer(name=full, part=part, rule=rule, modules=(module,))
-            elif known.rule is rule and known.part == part:
-                owners[key] = Layer(name=known.name, part=part, rule=rule, modules=(*known.modules, module))
-            else:
-                reasons[name] = f"shares its weight with {known.name}, a layer of another kind"
-    return list(owners.values()), reasons
 
 
 class Recorder:
@@ -142,6 +93,7 @@ class Recorder:
             # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
             with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
                 seen = [layer.rule.input_sum(module, layer.part, values, batch, self.approximation) for layer in used]
+            shape = result.shape
             kept = values if any(layer.rule.needs_input for layer in used) else None
 
             def gradient_hook(gradient: Tensor) -> None:
@@ -150,13 +102,24 @@ class Recorder:
                     self.examples += batch
                 # of the loss of one example: the mean has divided it by their number
                 scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
-                gradient = gradient.detach()
+                gradient = gradient.detach().reshape(shape)
                 with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                     for layer, (inputs, positions) in zip(used, seen, strict=True):
                         own = gradient if pick is None else pick[layer.part.key](gradient)
                         total = layer.rule.gradient_sum(module, layer.part, kept, own, batch, self.approximation)
                         self.sums[layer.name].add(inputs, positions, total.mul_(scale))
 
-            result.register_hook(gradient_hook)  # type: ignore[no-untyped-call]
+            _made(result).register_hook(gradient_hook)  # type: ignore[no-untyped-call]
 
         return record
+
+
+def _made(result: Tensor) -> Tensor:
+    """The tensor whose history stays as it is: a view's is written anew where an activation changes it in place.
+
+    ``nn.Linear`` makes a matrix of its input's leading dimensions, and returns a view of the product.
+    """
+    base = result._base
+    if base is None or not base.requires_grad or base.numel() != result.numel():
+        return result
+    return base if base.is_contiguous() and result.is_contiguous() else result

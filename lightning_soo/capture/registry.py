@@ -130,6 +130,9 @@ def register(rule: LayerRule) -> None:
 def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule of a module's class; None where there is none."""
     kind = type(module)
+    # fully_shard and replicate give a module a class made up of one of theirs and its own
+    while len(kind.__bases__) == 2 and kind.__bases__[0].__module__.startswith("torch.distributed."):
+        kind = kind.__bases__[1]
     return _RULES.get(kind) or _RULES.get(f"{kind.__module__}:{kind.__qualname__}")
 
 

@@ -347,6 +347,22 @@ def test_a_layer_used_twice_is_the_sum_of_its_uses() -> None:
     torch.testing.assert_close(found, (rows.T @ rows / 24, gradients.T @ gradients / 12))
 
 
+def test_an_activation_in_place_on_a_sequence() -> None:
+    """What a linear layer returns of a sequence is a view; a change in place gives a view a new history."""
+    torch.manual_seed(0)
+    found = []
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    first, second = nn.Linear(5, 6).double(), nn.Linear(6, 2).double()
+    for activation in (nn.ReLU(), nn.ReLU(inplace=True)):
+        net = nn.Sequential(first, activation, second)
+        recorder = Recorder(net)
+        net(x).sin().mean().backward()
+        found.append(recorder.factors())
+        recorder.close()
+    assert set(found[1]) == {"0", "2"}
+    assert_same(found[1], found[0])
+
+
 def test_passes_that_do_not_train_leave_nothing() -> None:
     net = Net()
     recorder = Recorder(net)
@@ -388,7 +404,11 @@ def test_what_has_no_rule_is_named_and_shared_weights_are_one_layer() -> None:
     net["d"].requires_grad_(False)
     layers, reasons = find_layers(net)
     assert [(layer.name, len(layer.modules)) for layer in layers] == [("a", 2)]
-    assert reasons == {"c": "no rule for PReLU", "e": "no rule for Bilinear"}
+    assert reasons == {
+        "b": "shares its weight with a, but not its bias",
+        "c": "no rule for PReLU",
+        "e": "no rule for Bilinear",
+    }
 
 
 def test_a_layer_of_ones_own() -> None:

@@ -1,0 +1,19 @@
+"""Factors summed over ranks are those of one process on the whole batch, under every engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import torchrun
+
+WORKER = Path(__file__).parent / "worker_capture.py"
+
+
+def test_torch_engines_equal_one_process() -> None:
+    torchrun(WORKER, 2, "ddp", "fsdp1", "fsdp1-flat", "fsdp2")
+
+
+def test_zero_equals_one_process() -> None:
+    pytest.importorskip("deepspeed")
+    torchrun(WORKER, 2, "zero-1", "zero-2", "zero-3")
