@@ -34,8 +34,11 @@ class LayeredOptimizer(LayerDirections):
     def remember(self, model: nn.Module) -> None:
         """Take names and layers from ``model`` and hang hooks on it: the next backward pass counts."""
         super().remember(model)
-        if self._recorder is None or not self._recorder.belongs_to(model):
-            self._watch(model)
+        if self._recorder is not None:
+            watched = {module for layer in self._recorder.layers for module in layer.modules}
+            if watched and watched <= set(model.modules()):
+                return  # the same modules, perhaps wrapped
+        self._watch(model)
 
     def _watch(self, model: nn.Module) -> None:
         if self._recorder is not None:

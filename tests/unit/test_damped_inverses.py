@@ -11,7 +11,7 @@ from lightning_soo.linalg.damped_inverses import (
     FactorError,
     eigen_decompositions,
     factored_inverses,
-    split_of_damping,
+    shares_of_damping,
 )
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "kfac_mlp.npz")
@@ -49,7 +49,7 @@ def test_exact_is_the_dense_inverse() -> None:
 
 def test_factors_without_a_trace() -> None:
     zero, some = np.zeros((3, 3)), np.eye(2) * 4
-    assert split_of_damping(zero, some) == split_of_damping(some, zero) == 1.0
+    assert shares_of_damping((zero, some), 0.25) == shares_of_damping((some, zero), 0.25) == [0.5, 0.5]
     (inputs, gradients), _ = factored_inverses((zero, some), damping=0.25)
     np.testing.assert_allclose(inputs, np.eye(3) / 0.5)
     np.testing.assert_allclose(gradients, np.eye(2) / 4.5)
