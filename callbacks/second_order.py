@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
-from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers
+from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers, say_accumulation
 from lightning_soo.strategies.preconditioners import (
     PRECONDITIONERS,
     collect_preconditioners,
@@ -23,8 +23,8 @@ class SecondOrder(pl.Callback):
     and schedulers stay as they are.
 
     Args:
-        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``.
-        options: options of the optimizer, see :class:`lightning_soo.Shampoo`, ``SOAP`` and ``SONew``.
+        method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``.
+        options: options of the optimizer, see :class:`lightning_soo.Shampoo`, ``SOAP``, ``SONew`` and ``KFAC``.
 
     Raises:
         ValueError: unknown method or option, with the nearest name.
@@ -70,6 +70,9 @@ class SecondOrder(pl.Callback):
         for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
             rank_zero_info(optimizer.plan_table())
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        say_accumulation(second_order_optimizers(trainer), trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

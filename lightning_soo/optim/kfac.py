@@ -55,7 +55,6 @@ class KFAC(LayeredOptimizer):
         stagger: spread inverses over the interval.
         start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen.
         factor_decay: of the running factors, for one step; they are debiased.
-        adaptive_damping: reserved.
         batch_reduction: ``"mean"`` or ``"sum"``: what the loss does over the examples of a batch.
         max_preconditioner_dim: a larger input factor is kept as channels times space (convolutions) or as two factors
             near its square root, a larger output factor as a diagonal.

@@ -13,7 +13,8 @@ from lightning_soo.capture.recorder import Layer, Recorder, find_layers
 from lightning_soo.optim.contributions import add_up
 from lightning_soo.optim.layer_directions import LayerDirections
 from lightning_soo.optim.members import Member
-from lightning_soo.placement.layers import LayerSpec
+from lightning_soo.placement.fragments import canonical_name
+from lightning_soo.placement.layers import Layers, LayerSpec
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
 
@@ -63,14 +64,23 @@ class LayeredOptimizer(LayerDirections):
                 self._watch(model)  # parameters were frozen or unfrozen
         return super()._read_layout()
 
-    def _layers(self) -> Sequence[LayerSpec]:
+    def _layers(self) -> Layers:
+        recorder = self._watched()
+        specs = [_layer_spec(layer, self.options.damping_method) for layer in recorder.layers]
+        return Layers(specs=specs, reasons={canonical_name(name): why for name, why in recorder.reasons.items()})
+
+    def _watched(self) -> Recorder:
+        """The recorder, hung on the model anew after :meth:`close`."""
+        model = self._model() if self._model is not None else None
+        if self._recorder is None and model is not None:
+            self._watch(model)
         if self._recorder is None:
             name = type(self).__name__
             raise ValueError(
                 f"{name} looks at a model's layers: build it with the model, {name}(model, ...), or call "
                 "optimizer.attach(model) before the first forward pass"
             )
-        return [_layer_spec(layer, self.options.damping_method) for layer in self._recorder.layers]
+        return self._recorder
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
         super()._install_plan(plan, layout)
@@ -90,44 +100,44 @@ class LayeredOptimizer(LayerDirections):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what layers have seen since the last step is forgotten with the gradients."""
         super().zero_grad(set_to_none)
+        if self._plan is not None and self._recorder is None:
+            self._set_recording()
         if self._recorder is not None:
             self._recorder.clear()
 
     def close(self) -> None:
-        """Stop background work and take the hooks off the model; the next step hangs them on again."""
+        """Stop background work and take the hooks off the model; ``zero_grad()`` and ``step()`` hang them on again."""
         super().close()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-            self._signature = ()
 
     def _set_recording(self) -> None:
         """Whether the next step's passes are looked at: in the others a hook is a function call."""
-        assert self._recorder is not None and self._refresher is not None
-        ranks = self.options.statistics_ranks
+        assert self._refresher is not None
+        recorder, ranks = self._watched(), self.options.statistics_ranks
         takes_part = ranks is None or self._transport.rank < ranks
-        self._recorder.recording = takes_part and self._refresher.schedule.observes(self.steps + 1)
-        self._recorder.phase = self.steps + 1
+        recorder.recording = takes_part and self._refresher.schedule.observes(self.steps + 1)
+        recorder.phase = self.steps + 1
 
     def _end_step(self, part: int) -> None:
         if part == self._parts - 1 or not self._moves:
-            assert self._recorder is not None
-            self._recorder.clear()
+            self._watched().clear()
             self._set_recording()
 
     def _marks(self) -> list[float]:
         """For each layer whether it was seen here; infinite where its factors are not finite."""
-        assert self._recorder is not None and self._refresher is not None
+        assert self._refresher is not None
         if not self._refresher.schedule.observes(self.steps + 1):
             return []
-        found = [self._recorder.sums[layer.name].gradients for layer in self._recorder.layers]
+        recorder = self._watched()
+        found = [recorder.sums[layer.name].gradients for layer in recorder.layers]
         traces = [_trace(factor) for factor in found if factor is not None]
         values = iter(torch.stack(traces).tolist() if traces else [])
         return [0.0 if factor is None else 1.0 if next(values) < float("inf") else float("inf") for factor in found]
 
     def _take_marks(self, marks: Sequence[float]) -> None:
-        assert self._recorder is not None
-        layers = self._recorder.layers
+        layers = self._watched().layers
         self._captured = {layer.name for layer, mark in zip(layers, marks, strict=False) if mark == 1.0}
         for member in self._members if marks else ():
             for name in {block.layer.layer for block in self._blocks_of(member)} - self._captured - self._named:
@@ -140,7 +150,7 @@ class LayeredOptimizer(LayerDirections):
                     )
 
     def _observe(self, part: int, members: list[Member]) -> None:
-        assert self._refresher is not None and self._recorder is not None
+        assert self._refresher is not None
         schedule = self._refresher.schedule
         if not schedule.observes(self.steps):
             return
@@ -154,18 +164,17 @@ class LayeredOptimizer(LayerDirections):
             self._transport,
             seen,
             {key: self._refresher.places[key].keeper for key in seen},
-            self._recorder,
+            self._watched(),
             gradient_scale=self._loss_divisor() ** 2 if self.options.fisher == "empirical" else 1.0,
         )
         for key, factors in found.items():
             seen[key].update(factors, decay=decay, weight=1.0 - decay)
 
     def _loss_divisor(self) -> float:
-        """What the loss of a micro-batch was divided by, beside its reduction."""
+        """What the loss of a micro-batch was divided by, beside its reduction, by the loop, a scaler and an engine."""
         assert self._layout is not None
-        if self._layout.loss_divisor is not None:
-            return self._layout.loss_divisor()
-        return self._micro_batches / float(self._scaler.get_scale() if self._scaler is not None else 1.0)
+        of_engine = self._layout.loss_divisor() if self._layout.loss_divisor is not None else 1.0
+        return of_engine * self._micro_batches / float(self._scaler.get_scale() if self._scaler is not None else 1.0)
 
     def diagnostics(self) -> dict[str, float]:
         """As of every optimizer here, with the damping and the factor of ``kl_clip`` in the last step."""

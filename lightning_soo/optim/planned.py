@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.blocks import Block, BlockRules
 from lightning_soo.placement.costs import refresh_milliseconds
-from lightning_soo.placement.layers import LayerSpec
+from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
@@ -194,7 +194,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         return plan
 
-    def _layers(self) -> Sequence[LayerSpec] | None:
+    def _layers(self) -> Layers | None:
         """What has factors, for methods that look at layers (K-FAC)."""
         return None
 

@@ -49,6 +49,19 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """A model as K-FAC sees it.
+
+    Attributes:
+        specs: every part of a layer that has factors.
+        reasons: module name -> why it has none.
+    """
+
+    specs: Sequence[LayerSpec]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerBlock(Block):
     """A block with a layer's factors.
 
@@ -88,16 +101,18 @@ class LayerCut:
         blocks: parameter name -> its blocks.
         joined: parameter name -> keys of other parameters' blocks that it is preconditioned with.
         reasons: parameter name -> why it is not covered.
+        notes: parameter name -> what else a user should know.
     """
 
     blocks: Mapping[str, list[LayerBlock]]
     joined: Mapping[str, list[str]]
     reasons: Mapping[str, str]
+    notes: Mapping[str, str]
 
 
 def cut_layers(
     specs: Sequence[ParameterSpec],
-    layers: Sequence[LayerSpec],
+    layers: Layers,
     together: Mapping[str, tuple[int, int]],
     excluded: Mapping[str, str],
 ) -> LayerCut:
@@ -115,12 +130,16 @@ def cut_layers(
     blocks: dict[str, list[LayerBlock]] = {}
     joined: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    for layer in layers:
+    notes: dict[str, str] = {}
+    for layer in layers.specs:
         has_weight = layer.weight in known and layer.weight not in excluded
         bias = layer.bias if layer.bias in known and layer.bias not in excluded else None
         if has_weight:
-            joins = bias is not None and layer.bias is not None and together[layer.weight] == together[layer.bias]
-            joins = joins and (layer.joint_bias or layer.is_unit)
+            joins = bias is not None and (layer.joint_bias or layer.is_unit)
+            if joins and bias is not None and together[layer.weight] != together[bias]:
+                joins = False
+                same_group = together[layer.weight][0] == together[bias][0]
+                notes[bias] = f"apart from its weight: another {'sub-group' if same_group else 'parameter group'}"
             bias_shape = known[bias].shape if joins and bias is not None else None
             block = _weight_block(layer, known[layer.weight].shape, bias_shape)
             blocks.setdefault(layer.weight, []).append(block)
@@ -132,8 +151,8 @@ def cut_layers(
             blocks.setdefault(bias, []).append(_bias_block(layer, bias, known[bias].shape))
     for spec in specs:
         if spec.name not in blocks and spec.name not in joined and spec.name not in excluded:
-            reasons[spec.name] = "no layer captures it"
-    return LayerCut(blocks=blocks, joined=joined, reasons={**reasons, **excluded})
+            reasons[spec.name] = layers.reasons.get(spec.name.rpartition(".")[0]) or "not of a layer with factors"
+    return LayerCut(blocks=blocks, joined=joined, reasons={**reasons, **excluded}, notes=notes)
 
 
 def _weight_block(layer: LayerSpec, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None) -> LayerBlock:

@@ -13,7 +13,7 @@ from lightning_soo.placement.blocks import Block, BlockRules, partition
 from lightning_soo.placement.chains import chain_length
 from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets, travel_parts
 from lightning_soo.placement.homes import Place, place_blocks
-from lightning_soo.placement.layers import LayerBlock, LayerSpec, cut_layers
+from lightning_soo.placement.layers import LayerBlock, Layers, cut_layers
 from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import Override, ParameterSpec, resolve
 
@@ -53,6 +53,7 @@ class PlannedParameter:
     Attributes:
         chain: length of its chains, for methods that have bands in place of units.
         joined: keys of other parameters' units that it is preconditioned with: a bias, with its weight.
+        note: what else a user should know.
     """
 
     spec: ParameterSpec
@@ -60,6 +61,7 @@ class PlannedParameter:
     reason: str
     chain: int | None = None
     joined: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ class Plan:
 
     Attributes:
         buckets: part of the step -> what travels in it, in order.
+        adds_up: whether statistics are contributions of all ranks, added up where they are kept (K-FAC).
         exchanges: buffers of each bucket on the way to the homes: the filtered gradient, and the gradient where the
             method wants both.
     """
@@ -84,6 +87,7 @@ class Plan:
     table: FragmentTable
     buckets: Mapping[int, tuple[Bucket, ...]]
     exchanges: int = 1
+    adds_up: bool = False
 
     @property
     def ranks(self) -> int:
@@ -149,14 +153,15 @@ class Plan:
 
         Args:
             observes: whether statistics see the gradient in this step.
-            grafts: whether directions get the size of a graft, which takes their norms.
+            grafts: whether directions get the size of a graft or a bound, which takes their norms.
         """
         parts = len({p.spec.part for p in self.parameters if p.is_preconditioned})
         if self.ranks == 1:
             return {"all_reduce": 0, "all_to_all": 0}
+        observing = parts if self.adds_up else len(self._all_buckets)
         return {
             "all_reduce": 1 + (parts if grafts and self.table.shards > 1 else 0),
-            "all_to_all": len(self._all_buckets) * (self.exchanges + 1 + observes),
+            "all_to_all": len(self._all_buckets) * (self.exchanges + 1) + observing * observes,
         }
 
     @property
@@ -196,7 +201,7 @@ def build_plan(
     state_bytes: Callable[[ParameterSpec, Block], tuple[int, int, int]] = lambda spec, block: (0, 0, 0),
     exchanges: int = 1,
     chain: str | None = None,
-    layers: Sequence[LayerSpec] | None = None,
+    layers: Layers | None = None,
     groups: Sequence[int] | None = None,
     previous: Mapping[str, Place] | None = None,
     refresh_at_home: bool = False,
@@ -272,8 +277,12 @@ def build_plan(
                 )
             )
         length = chain_length(spec.shape, chain) if chain is not None and not reason else None
-        joined = tuple(layer_cut.joined.get(spec.name, ())) if layer_cut is not None else ()
-        parameters.append(PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length, joined=joined))
+        joined, note = (), ""
+        if layer_cut is not None:
+            joined, note = tuple(layer_cut.joined.get(spec.name, ())), layer_cut.notes.get(spec.name, "")
+        parameters.append(
+            PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length, joined=joined, note=note)
+        )
     travellers: dict[int, list[Traveller]] = {}
     number = 0
     copy = table.copy_of(0)
@@ -300,7 +309,9 @@ def build_plan(
     buckets = {
         part: tuple(fill_buckets(found, table.shards, exchange_bucket_bytes)) for part, found in travellers.items()
     }
-    return Plan(parameters=tuple(parameters), table=table, buckets=buckets, exchanges=exchanges)
+    return Plan(
+        parameters=tuple(parameters), table=table, buckets=buckets, exchanges=exchanges, adds_up=layers is not None
+    )
 
 
 def _largest_over_mean(values: Sequence[float]) -> float:

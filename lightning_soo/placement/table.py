@@ -20,7 +20,8 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
     groups: dict[tuple[object, ...], list[PlannedParameter]] = {}
     for parameter in plan.parameters:
         folded = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", parameter.name)
-        key = (folded, parameter.spec.shape, parameter.reason, tuple(u.block.dims for u in parameter.units))
+        kinds = tuple(u.block.dims for u in parameter.units), bool(parameter.joined), parameter.note
+        key = (folded, parameter.spec.shape, parameter.reason, kinds)
         groups.setdefault(key, []).append(parameter)
     rows = [_HEADER]
     for members in groups.values():
@@ -37,7 +38,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
                 _homes_text(plan, members),
                 _numbers(owners),
                 format_bytes(held) if held else "-",
-                first.reason or _travel_text(members),
+                first.reason or _note(members),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
@@ -81,6 +82,11 @@ def _homes_text(plan: Plan, members: Sequence[PlannedParameter]) -> str:
         return "-"
     everywhere = all(len(unit.homes) == plan.ranks for member in members for unit in member.units)
     return "all" if everywhere and plan.ranks > 1 else _numbers(homes)
+
+
+def _note(members: Sequence[PlannedParameter]) -> str:
+    texts = ["with its weight" if members[0].joined else "", members[0].note, _travel_text(members)]
+    return "; ".join(text for text in texts if text)
 
 
 def _travel_text(members: Sequence[PlannedParameter]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader
 
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
 from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
@@ -26,8 +27,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
     """Takes over the optimizers of the module, attaches them to the wrapped model and closes them.
 
     Args:
-        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``; None takes nothing over (second-order optimizers are
-            attached all the same).
+        method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``; None takes nothing over (second-order optimizers
+            are attached all the same).
         options: options of the method, see :class:`lightning_soo.Shampoo`.
         optimizer_options: settings of the AdamW that is built where ``configure_optimizers`` is absent or returns None.
 
@@ -97,6 +98,11 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         for optimizer in self.second_order_optimizers:
             optimizer.attach(self.model, self.engine)
 
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        say_accumulation(self.second_order_optimizers, self.lightning_module.trainer)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
     def on_train_start(self) -> None:
         """Only now the Trainer has asked for its loaders, whose processes take cores that workers do not get."""
         assert self.lightning_module is not None
@@ -145,6 +151,14 @@ class SecondOrderStrategyMixin(ParallelStrategy):
             saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
             restore_preconditioners(self.second_order_optimizers, saved)
         return checkpoint
+
+
+def say_accumulation(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer) -> None:
+    """Tell optimizers that look at single examples what the Trainer divides and scales losses by."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LayeredOptimizer):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            optimizer.accumulate(trainer.accumulate_grad_batches, scaler)
 
 
 def data_workers(trainer: pl.Trainer) -> int:

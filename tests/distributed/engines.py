@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_soo import KFAC
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import METHODS
 
@@ -57,15 +58,17 @@ def make_optimizer(params: Any, options: Options) -> SecondOrderOptimizer:
     """``options["method"]`` by name, Shampoo unless given."""
     method = options.get("method", "shampoo")
     base: Options = {"lr": 0.01, "weight_decay": 0.1, "start_preconditioning_step": 3}
+    if method == "kfac":
+        base |= {"damping": 0.03, "kl_clip": 1e-2, "statistics_frequency": 1}
+    elif method != "sonew":
+        base |= {"max_preconditioner_dim": 8, "precondition_1d": True}
     if method != "sonew":
         base |= {
-            "max_preconditioner_dim": 8,
             "precondition_frequency": 4,
-            "precondition_1d": True,
             "workers": "inline",
             "exchange_bucket_bytes": 1024,  # small, so that there are several
         }
-    if method != "soap":  # well-conditioned, also in float32
+    if method in ("shampoo", "sonew"):  # well-conditioned, also in float32
         base["preconditioner_eps"] = 1e-3 if method == "shampoo" else 1e-2
     given = {name: value for name, value in options.items() if name != "method"}
     return METHODS[method](params, **{**base, **given})
@@ -96,6 +99,8 @@ class Engine:
         groups = self.groups(self.module)
         optimizer = make_optimizer(self.model if groups is None else groups, options)
         optimizer.attach(self.model, "single" if self.name == "single" else None)
+        if isinstance(optimizer, KFAC):
+            optimizer.accumulate(self.accumulation)
         return optimizer
 
     @classmethod
@@ -362,6 +367,21 @@ class Zero1(Zero):
     name = "zero-1"
 
 
+class Zero2OneGroup(Zero2):
+    """Steps all parameters at once."""
+
+    name = "zero-2-one-group"
+
+    @classmethod
+    def groups(cls, module: nn.Module) -> list[Options]:
+        return [{"params": [(name, p) for name, p in module.named_parameters() if p.requires_grad]}]
+
+
+class Zero3OneGroup(Zero3):
+    name = "zero-3-one-group"
+    groups = Zero2OneGroup.groups
+
+
 class Zero2Offload(Zero2):
     name = "zero-2-offload"
     extra: ClassVar[Options] = {"offload_optimizer": {"device": "cpu"}}
@@ -374,7 +394,7 @@ class Zero3Offload(Zero3):
 
 class Zero3SubGroups(Zero3):
     name = "zero-3-sub-groups"
-    extra: ClassVar[Options] = {"sub_group_size": 150}
+    extra: ClassVar[Options] = {"sub_group_size": 225}
 
 
 class Zero1Bf16(Zero):

@@ -19,8 +19,8 @@ class FabricSecondOrderMixin(ParallelStrategy):
     """Takes over the optimizers given to ``fabric.setup`` or ``fabric.setup_optimizers`` and attaches them.
 
     Args:
-        method: ``"shampoo"``, ``"soap"`` or ``"sonew"``; None takes nothing over (second-order optimizers are
-            attached all the same).
+        method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``; None takes nothing over (second-order optimizers
+            are attached all the same).
         options: options of the method, see :class:`lightning_soo.Shampoo`.
 
     Raises:
