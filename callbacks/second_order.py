@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
+from lightning_soo.strategies.evaluation import say_batch
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers, say_accumulation
 from lightning_soo.strategies.preconditioners import (
     PRECONDITIONERS,
@@ -72,7 +73,9 @@ class SecondOrder(pl.Callback):
             rank_zero_info(optimizer.plan_table())
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        say_accumulation(second_order_optimizers(trainer), trainer)
+        found = second_order_optimizers(trainer)
+        say_accumulation(found, trainer)
+        say_batch(found, trainer, batch, index)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

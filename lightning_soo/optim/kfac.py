@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.naming import suggest_names
+from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.options import parse_dtype
@@ -40,7 +41,7 @@ class KFAC(LayeredOptimizer):
         damping_method: ``"exact"`` adds it to the Kronecker product (four products per layer and step), ``"pi"``
             divides it between the factors (two products, and half the memory).
         kl_clip: the step is shortened where ``sum lr^2 <direction, gradient>`` exceeds it; None for no bound. Not used
-            with a graft.
+            with a graft. ``kl_clip_decay`` multiplies it at every step.
         fisher: ``"empirical"`` uses the gradients of training itself; ``"mc"`` those of labels drawn from the model,
             ``"ggn"`` the exact Gauss-Newton factors of small outputs: each with a backward pass of its own through
             activations, in the steps that update statistics.
@@ -55,6 +56,10 @@ class KFAC(LayeredOptimizer):
         stagger: spread inverses over the interval.
         start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen.
         factor_decay: of the running factors, for one step; they are debiased.
+        adaptive_damping: True, or a mapping of :class:`AdaptiveDamping`'s fields: every few steps the change of the
+            loss on the step's batch is compared with what the quadratic model predicts, and damping is changed. Needs
+            ``optimizer.evaluate``, a function that gives this batch's loss; Lightning's front doors set it. Not under
+            ZeRO, which updates the model only after the step.
         batch_reduction: ``"mean"`` or ``"sum"``: what the loss does over the examples of a batch.
         max_preconditioner_dim: a larger input factor is kept as channels times space (convolutions) or as two factors
             near its square root, a larger output factor as a diagonal.
@@ -89,6 +94,7 @@ class KFAC(LayeredOptimizer):
         damping: float = 1e-3,
         damping_method: str = "exact",
         kl_clip: float | None = 1e-3,
+        kl_clip_decay: float = 1.0,
         fisher: str = "empirical",
         likelihood: str = "categorical",
         approximation: str = "expand",
@@ -99,6 +105,7 @@ class KFAC(LayeredOptimizer):
         gather_frequency: int | None = None,
         start_preconditioning_step: int | None = None,
         factor_decay: float = 0.95,
+        adaptive_damping: bool | Mapping[str, Any] | AdaptiveDamping | None = None,
         batch_reduction: str = "mean",
         max_preconditioner_dim: int = 4096,
         statistics_ranks: int | None = None,
@@ -118,6 +125,8 @@ class KFAC(LayeredOptimizer):
             damping=damping,
             damping_method=damping_method,
             kl_clip=kl_clip,
+            kl_clip_decay=kl_clip_decay,
+            adaptive_damping=AdaptiveDamping.parse(adaptive_damping),
             fisher=fisher,
             likelihood=likelihood,
             approximation=approximation,

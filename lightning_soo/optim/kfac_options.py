@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_soo.naming import nearest
+from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.options import ShampooOptions
 
 DAMPING_METHODS = ("exact", "pi")
@@ -24,6 +25,8 @@ class KFACOptions(ShampooOptions):
     damping: float = 1e-3
     damping_method: str = "exact"
     kl_clip: float | None = 1e-3
+    kl_clip_decay: float = 1.0
+    adaptive_damping: AdaptiveDamping | None = None
     fisher: str = "empirical"
     likelihood: str = "categorical"
     approximation: str = "expand"
@@ -40,6 +43,8 @@ class KFACOptions(ShampooOptions):
             raise ValueError(f"damping={self.damping}: must be above 0")
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"kl_clip={self.kl_clip}: must be above 0, or None for no bound")
+        if not 0 < self.kl_clip_decay <= 1:
+            raise ValueError(f"kl_clip_decay={self.kl_clip_decay}: must be in (0, 1]")
         if not 0 <= self.factor_decay < 1:
             raise ValueError(f"factor_decay={self.factor_decay}: must be in [0, 1)")
         for name in ("statistics_ranks", "statistics_positions"):

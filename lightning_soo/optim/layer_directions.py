@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.members import Member
 from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.preconditioners.layer_factors import LayerFactorsBlock
+from lightning_soo.refresh.jobs import Job, JobResult
 
 
 class LayerDirections(SecondOrderOptimizer):
@@ -25,10 +28,15 @@ class LayerDirections(SecondOrderOptimizer):
 
     def _reset_runtime(self) -> None:
         super()._reset_runtime()
+        # of every layer that is counted here: lr^2 <D, G> and lr <D, G>
         self._products: list[Tensor] = []
+        self._slopes: list[Tensor] = []
         self._total = 0.0  # of the parts of this step so far
         self._last_total: float | None = None  # of the step before
         self._clip_factor = 1.0
+        self._predicted = 0.0  # change of the quadratic model by this step
+        self._damping: float | None = None
+        self.evaluate: Callable[[], Tensor] | None = None
         self._by_name: dict[str, Member] = {}
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
@@ -38,7 +46,7 @@ class LayerDirections(SecondOrderOptimizer):
     @property
     def damping(self) -> float:
         """``lambda``, as it is now."""
-        return self.options.damping
+        return self._damping if self._damping is not None else self.options.damping
 
     @property
     def _parts(self) -> int:
@@ -53,8 +61,13 @@ class LayerDirections(SecondOrderOptimizer):
             assert isinstance(block, LayerFactorsBlock)
             yield block
 
+    def _make_job(self, block: KroneckerBlock, statistics: KroneckerStatistics) -> Job | JobResult:
+        assert isinstance(block, LayerFactorsBlock)
+        block.damping = self.damping
+        return super()._make_job(block, statistics)
+
     def _precondition(self, part: int, members: list[Member]) -> None:
-        self._products = []
+        self._products, self._slopes = [], []
         for member in members:
             for block in self._blocks_of(member):
                 block.damping = self.damping
@@ -139,6 +152,7 @@ class LayerDirections(SecondOrderOptimizer):
             member = self._by_name[block.block.parameter]
             factor = float(member.group["lr"]) * member.scale
             self._products.append(product.to(torch.float64) * factor**2)
+            self._slopes.append(product.to(torch.float64) * factor)
         return of_weight, of_bias
 
     def _counts(self, block: LayerFactorsBlock) -> bool:
@@ -156,14 +170,71 @@ class LayerDirections(SecondOrderOptimizer):
         ``nu = min(1, sqrt(kl_clip / sum lr^2 <D, G>))`` (Ba, Grosse and Martens 2017, section 5): one reduction, one
         host synchronisation. Where the engine steps in parts the sum is that of the step before.
         """
-        if self.options.kl_clip is None or self.options.grafting is not None:
+        options = self.options
+        if (options.kl_clip is None and options.adaptive_damping is None) or options.grafting is not None:
             return
-        total = self._totals([sum(self._products, torch.zeros((), dtype=torch.float64))])[0]
+        zero = torch.zeros((), dtype=torch.float64)
+        total, slope = self._totals([sum(self._products, zero), sum(self._slopes, zero)])
         self._total = total if part == 0 else self._total + total
         if self._parts > 1:
             total = self._last_total if self._last_total is not None else 0.0
             if part == self._parts - 1:
                 self._last_total = self._total
-        self._clip_factor = min(1.0, math.sqrt(self.options.kl_clip / total)) if total > 0 else 1.0
+        self._clip_factor = 1.0
+        if options.kl_clip is not None and total > 0:
+            bound = options.kl_clip * options.kl_clip_decay ** (self.steps - 1)
+            self._clip_factor = min(1.0, math.sqrt(bound / total))
         for member in members:
             member.scale *= self._clip_factor
+        # of the quadratic model: its gradient along the step, and its curvature, which is the damped Fisher matrix's
+        self._predicted = -self._clip_factor * slope + 0.5 * self._clip_factor**2 * total
+
+    def _apply(self, members: list[Member]) -> None:
+        adaptive = self.options.adaptive_damping
+        if adaptive is not None and self.steps % adaptive.interval == 0 and not self._adapt(adaptive, members):
+            for member in members:
+                member.gradient = torch.empty(0)
+            return
+        super()._apply(members)
+
+    def _adapt(self, adaptive: AdaptiveDamping, members: list[Member]) -> bool:
+        """Compare the loss with its prediction along the preconditioned step alone, without momentum; collective.
+
+        Returns:
+            Whether the loss is still finite there; else the step is not taken.
+        """
+        tried = [member for member in members if member.is_ready and member.graft is None]
+        if not tried or self.options.grafting is not None:
+            return True
+        if self.evaluate is None:
+            raise RuntimeError(
+                "adaptive_damping needs the loss of the step's batch: set optimizer.evaluate to a function that "
+                "returns it (the SecondOrder callback and our strategies do), or leave adaptive_damping out"
+            )
+        if self._layout is not None and self._layout.engine.startswith("zero"):
+            raise TypeError("adaptive_damping: ZeRO updates the model only after the step, so it cannot be tried there")
+        before = self._loss()
+        kept = [member.parameter().clone() for member in tried]
+        for member in tried:
+            member.parameter().add_(member.gradient, alpha=-float(member.group["lr"]) * member.scale)
+        after = self._loss()
+        for member, values in zip(tried, kept, strict=True):
+            member.parameter().copy_(values)
+        losses = torch.tensor([before, after], dtype=torch.float64)
+        before, after = (self._transport.total(losses) / self._transport.size).tolist()
+        self._damping = adaptive.adapted(self.damping, actual=after - before, predicted=self._predicted)
+        if math.isfinite(after) or not math.isfinite(before):
+            return True
+        self.skipped_steps += 1
+        return False
+
+    def _loss(self) -> float:
+        """This rank's loss with the parameters as they are; random numbers and buffers stay as they were."""
+        assert self.evaluate is not None
+        model = self._model() if self._model is not None else None
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model is not None else []
+        with torch.random.fork_rng(devices=[]):
+            loss = float(self.evaluate())
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
+        return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -175,6 +175,17 @@ class LayeredOptimizer(LayerDirections):
         assert self._layout is not None
         of_engine = self._layout.loss_divisor() if self._layout.loss_divisor is not None else 1.0
         return of_engine * self._micro_batches / float(self._scaler.get_scale() if self._scaler is not None else 1.0)
+
+    def blocks_state_dict(self) -> dict[str, Any]:
+        """As of every optimizer here, with the damping and what bounds the next step where an engine steps in parts."""
+        return {**super().blocks_state_dict(), "damping": self._damping, "last_total": self._last_total}
+
+    def _load_checked(self, saved: Mapping[str, Any]) -> None:
+        super()._load_checked(saved)
+        self._damping, self._last_total = saved.get("damping"), saved.get("last_total")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_damping": self._damping, "_last_total": self._last_total}
 
     def diagnostics(self) -> dict[str, float]:
         """As of every optimizer here, with the damping and the factor of ``kl_clip`` in the last step."""

@@ -277,11 +277,15 @@ def build_plan(
                 )
             )
         length = chain_length(spec.shape, chain) if chain is not None and not reason else None
-        joined, note = (), ""
-        if layer_cut is not None:
-            joined, note = tuple(layer_cut.joined.get(spec.name, ())), layer_cut.notes.get(spec.name, "")
         parameters.append(
-            PlannedParameter(spec=spec, units=tuple(units), reason=reason, chain=length, joined=joined, note=note)
+            PlannedParameter(
+                spec=spec,
+                units=tuple(units),
+                reason=reason,
+                chain=length,
+                joined=tuple(layer_cut.joined.get(spec.name, ())) if layer_cut is not None else (),
+                note=layer_cut.notes.get(spec.name, "") if layer_cut is not None else "",
+            )
         )
     travellers: dict[int, list[Traveller]] = {}
     number = 0

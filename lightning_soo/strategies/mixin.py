@@ -20,6 +20,7 @@ from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
+from lightning_soo.strategies.evaluation import say_batch
 from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 
 
@@ -102,6 +103,12 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         assert self.lightning_module is not None
         say_accumulation(self.second_order_optimizers, self.lightning_module.trainer)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def training_step(self, batch: Any, index: int = 0, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        if torch.is_grad_enabled():  # not the evaluation itself
+            say_batch(self.second_order_optimizers, self.lightning_module.trainer, batch, index)
+        return super().training_step(batch, index, *args, **kwargs)
 
     def on_train_start(self) -> None:
         """Only now the Trainer has asked for its loaders, whose processes take cores that workers do not get."""

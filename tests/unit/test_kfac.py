@@ -1,0 +1,539 @@
+"""K-FAC's step against golden values, dense matrices and single examples, and what must not change it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_soo import KFAC
+from lightning_soo.optim.takeover import take_over
+
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "kfac_mlp.npz")
+# one step that shows the direction: nothing before, after or around it
+PLAIN: dict[str, Any] = {
+    "lr": 1.0,
+    "momentum": 0.0,
+    "kl_clip": None,
+    "factor_decay": 0.0,
+    "statistics_frequency": 1,
+    "precondition_frequency": 1,
+    "refresh_delay": 0,
+    "start_preconditioning_step": 1,
+    "workers": "inline",
+}
+
+
+def golden_net() -> tuple[nn.Sequential, Tensor, Tensor]:
+    net = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    net.load_state_dict({name: torch.from_numpy(GOLDEN[f"param/{name}"].copy()) for name in net.state_dict()})
+    return net, torch.from_numpy(GOLDEN["X"].copy()), torch.from_numpy(GOLDEN["y"].copy())
+
+
+def moved(model: nn.Module, take: Callable[[], Any]) -> dict[str, Tensor]:
+    """By how much ``take`` moves every parameter."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    take()
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["exact", "pi"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_golden_directions(method: str, approximation: str) -> None:
+    net, x, y = golden_net()
+    optimizer = KFAC(net, **PLAIN, damping=float(GOLDEN["lam"]), damping_method=method, approximation=approximation)
+    nn.functional.cross_entropy(net(x), y).backward()
+    steps = moved(net, optimizer.step)
+    for layer in ("0", "2", "4"):
+        found = torch.cat([steps[f"{layer}.weight"], steps[f"{layer}.bias"][:, None]], 1)
+        expected = -GOLDEN[f"precond_{method}/emp/{approximation}/{layer}"]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+def one_position() -> list[tuple[str, nn.Module, Tensor]]:
+    """Layers that see one position of one example, where the empirical Fisher matrix has the gradient alone."""
+    from transformers.pytorch_utils import Conv1D
+
+    token = torch.tensor([[3]])
+    return [
+        ("linear", nn.Linear(4, 3), torch.randn(1, 4)),
+        ("linear without bias", nn.Linear(4, 3, bias=False), torch.randn(1, 4)),
+        ("transposed linear", Conv1D(3, 4), torch.randn(1, 4)),
+        ("conv1d", nn.Conv1d(2, 3, 4), torch.randn(1, 2, 4)),
+        ("conv2d", nn.Conv2d(2, 3, (2, 3)), torch.randn(1, 2, 2, 3)),
+        ("conv2d groups", nn.Conv2d(4, 6, 2, groups=2), torch.randn(1, 4, 2, 2)),
+        ("conv2d channels_last", nn.Conv2d(4, 6, 2).to(memory_format=torch.channels_last), torch.randn(1, 4, 2, 2)),
+        ("conv3d", nn.Conv3d(2, 3, 2, dilation=2), torch.randn(1, 2, 3, 3, 3)),
+        ("embedding", nn.Embedding(5, 3), token),
+        ("layer norm", nn.LayerNorm(4), torch.randn(1, 4)),
+        ("rms norm", nn.RMSNorm(4), torch.randn(1, 4)),
+        ("group norm", nn.GroupNorm(2, 4), torch.randn(1, 4, 3)),
+        ("attention", Attention(), torch.randn(1, 1, 4)),
+        ("attention, separate", Attention(kdim=3, vdim=2), torch.randn(1, 1, 4)),
+    ]
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.attention
+        result: Tensor = wide(x, x[..., : wide.kdim], x[..., : wide.vdim])[0]
+        return result
+
+
+def parts_of(module: nn.Module) -> list[list[tuple[str, tuple[slice, ...]]]]:
+    """Which elements share a block of the Fisher matrix: written down anew, not taken from the library."""
+    if isinstance(module, Attention):
+        names = ["in_proj_weight"] * 3
+        rows = [slice(4 * i, 4 * i + 4) for i in range(3)]
+        weights = [(f"attention.{name}", (own,)) for name, own in zip(names, rows, strict=True)]
+        if module.attention.in_proj_weight is None:
+            weights = [(f"attention.{key}_proj_weight", (slice(None),)) for key in "qkv"]
+        found = [[weight, ("attention.in_proj_bias", (own,))] for weight, own in zip(weights, rows, strict=True)]
+        return [*found, [("attention.out_proj.weight", (slice(None),)), ("attention.out_proj.bias", (slice(None),))]]
+    names = [name for name, _ in module.named_parameters()]
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
+        return [[(name, (slice(channel, channel + 1),)) for name in names] for channel in range(4)]
+    groups = getattr(module, "groups", 1)
+    size = next(module.parameters()).shape[0] // groups
+    return (
+        [[(name, (slice(g * size, (g + 1) * size),)) for name in names] for g in range(groups)]
+        if (groups > 1)
+        else [[(name, (slice(None),)) for name in names]]
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "pi"])
+@pytest.mark.parametrize("name", [name for name, _, _ in one_position()])
+def test_every_layer_inverts_the_dense_fisher_of_one_example(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    module, x = next((module, x) for known, module, x in one_position() if known == name)
+    module.double()
+    x = x.double() if x.is_floating_point() else x
+    damping = 0.3
+    optimizer = KFAC(module, **PLAIN, damping=damping, damping_method=method)
+    weight = torch.randn_like(module(x).detach())
+    (module(x) * weight).sum().backward()
+    gradients = {name: parameter.grad.detach().clone() for name, parameter in module.named_parameters()}
+    steps = moved(module, optimizer.step)
+    for part in parts_of(module):
+        gradient = torch.cat([gradients[name][own].flatten() for name, own in part])
+        found = torch.cat([steps[name][own].flatten() for name, own in part])
+        if method == "exact":
+            # (g g^T + lambda I)^-1 g by the dense matrix
+            dense = torch.outer(gradient, gradient) + damping * torch.eye(len(gradient), dtype=gradient.dtype)
+            torch.testing.assert_close(found, -torch.linalg.solve(dense, gradient), rtol=1e-9, atol=1e-12)
+        else:  # along the gradient, shorter than without curvature and longer than with all damping added up
+            assert gradient @ found <= 0
+            if gradient.abs().max() > 0:
+                assert 0 < -(gradient @ found) / (gradient @ gradient) <= 1 / damping * (1 + 1e-9)
+
+
+def test_zero_inputs_stand_still() -> None:
+    """A layer whose gradient is zero keeps its factors and does not move."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    optimizer = KFAC(net, **PLAIN)
+    for dead in (False, True, False):
+        optimizer.zero_grad()
+        (net(torch.randn(5, 3).double()) * (0.0 if dead else 1.0)).sum().backward()
+        counts = [block.observations for member in optimizer._members for block in member.blocks]
+        steps = moved(net, optimizer.step)
+        assert dead == all(not step.any() for step in steps.values())
+        if dead:
+            assert counts == [block.observations for member in optimizer._members for block in member.blocks]
+
+
+class Net(nn.Module):
+    """Convolutions, normalisation, a layer used twice, in-place activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.again = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.norm(self.stem(x)))
+        x = torch.relu_(self.again(torch.relu_(self.again(x))))
+        result: Tensor = self.head(x.flatten(1))
+        return result
+
+
+def train(
+    steps: int = 6,
+    *,
+    reduction: str = "mean",
+    micro_batches: int = 1,
+    uneven: bool = False,
+    loss_scale: float = 1.0,
+    divide: bool = True,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Parameters after a few steps; gradients are the same however the batch is split."""
+    torch.manual_seed(0)
+    net = Net().double()
+    optimizer = KFAC(
+        net,
+        lr=0.1,
+        damping=0.01,
+        statistics_frequency=1,
+        precondition_frequency=2,
+        start_preconditioning_step=1,
+        batch_reduction=reduction,
+        workers="inline",
+        **options,
+    )
+    if divide:
+        scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, enabled=loss_scale != 1.0)
+        optimizer.accumulate(micro_batches, scaler if loss_scale != 1.0 else None)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(12, 1, 6, 6, dtype=torch.float64, generator=generator)
+        y = torch.randint(0, 3, (12,), generator=generator)
+        optimizer.zero_grad()
+        for inputs, labels in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+            loss = nn.functional.cross_entropy(net(inputs), labels, reduction=reduction)
+            (loss * loss_scale / (micro_batches if reduction == "mean" else 1)).backward()
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= loss_scale * (12 if reduction == "sum" else 1)
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"micro_batches": 4},
+        {"reduction": "sum"},
+        {"reduction": "sum", "micro_batches": 3, "divide": False},
+        {"loss_scale": 1024.0},
+        {"loss_scale": 64.0, "micro_batches": 2},
+    ],
+)
+def test_the_same_whatever_the_split(split: dict[str, Any], approximation: str) -> None:
+    whole, found = train(approximation=approximation), train(approximation=approximation, **split)
+    for name, expected in whole.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_without_a_divisor_accumulation_would_change_it() -> None:
+    """The test above can fail."""
+    wrong = train(micro_batches=4, divide=False)
+    assert any(not torch.allclose(wrong[name], expected, rtol=1e-6) for name, expected in train().items())
+
+
+def test_the_bound_on_the_step() -> None:
+    """``nu = sqrt(kl_clip / sum lr^2 <D, G>)`` over all layers."""
+    net, x, y = golden_net()
+    free, bound = copy.deepcopy(net), net
+    gradients = {}
+    results = {}
+    for key, model, clip in (("free", free, None), ("bound", bound, 1e-4)):
+        optimizer = KFAC(model, **{**PLAIN, "kl_clip": clip, "lr": 0.5}, damping=0.1)
+        nn.functional.cross_entropy(model(x), y).backward()
+        gradients = {name: parameter.grad.detach().clone() for name, parameter in model.named_parameters()}
+        results[key] = moved(model, optimizer.step)
+    product = sum(float((-step * 0.5 * gradients[name]).sum()) for name, step in results["free"].items())
+    factor = (1e-4 / product) ** 0.5
+    assert factor < 1
+    for name, step in results["free"].items():
+        torch.testing.assert_close(results["bound"][name], step * factor, rtol=1e-10, atol=0)
+
+
+def test_uncovered_parameters_are_named_and_move_as_with_sgd() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.gain = nn.Parameter(torch.ones(2))
+            self.recurrent = nn.LSTMCell(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.ones(len(x), 2, dtype=x.dtype)  # zeros would leave a weight without a gradient
+            result: Tensor = self.recurrent(self.layer(x) * self.gain, (hidden, hidden))[0]
+            return result
+
+    torch.manual_seed(0)
+    net = Mixed().double()
+    plain = copy.deepcopy(net)
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    optimizer = KFAC(net, **{**PLAIN, **settings}, weight_decay=0.01, decoupled_weight_decay=False)
+    sgd = torch.optim.SGD(
+        [p for name, p in plain.named_parameters() if not name.startswith("layer")], **settings, weight_decay=0.01
+    )
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(3):
+        plain.layer.load_state_dict(net.layer.state_dict())
+        for model, own in ((net, optimizer), (plain, sgd)):
+            own.zero_grad()
+            model(x).square().sum().backward()
+            own.step()
+        for name, expected in plain.named_parameters():
+            if not name.startswith("layer"):
+                torch.testing.assert_close(net.get_parameter(name), expected)
+    table = optimizer.plan_table()
+    assert "no rule for LSTMCell" in table
+    row = next(line for line in table.splitlines() if line.startswith("gain"))
+    assert "sgd" in row and "no rule for Mixed" in row
+
+
+def test_a_bias_in_another_group_or_without_its_weight_is_preconditioned_by_itself() -> None:
+    def directions(groups: Callable[[nn.Linear], Any]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2).double()
+        optimizer = KFAC(groups(layer), **PLAIN, damping=0.1)
+        optimizer.attach(layer)
+        x, target = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        nn.functional.mse_loss(layer(x), target).backward()
+        error = layer(x).detach() - target
+        gradients = error * 2 / 2  # of the loss of one example, a mean over two outputs
+        own = {"A": x.T @ x / 6, "G": gradients.T @ gradients / 6}
+        own |= {f"gradient/{name}": p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+        return {**moved(layer, optimizer.step), **own}
+
+    apart = directions(lambda layer: [{"params": [layer.weight]}, {"params": [layer.bias], "weight_decay": 0.0}])
+    eye = torch.eye(2).double()
+    expected = -torch.linalg.solve(apart["G"] + 0.1 * eye, apart["gradient/bias"])
+    torch.testing.assert_close(apart["bias"], expected)
+    dense = torch.kron(apart["G"], apart["A"]) + 0.1 * torch.eye(6).double()
+    expected = -torch.linalg.solve(dense, apart["gradient/weight"].flatten()).view(2, 3)
+    torch.testing.assert_close(apart["weight"], expected)
+
+    def only_bias(layer: nn.Linear) -> Any:
+        layer.weight.requires_grad_(False)
+        return layer
+
+    frozen = directions(only_bias)
+    torch.testing.assert_close(frozen["bias"], apart["bias"])
+    assert not frozen["weight"].any()
+
+
+def test_resnet_is_preconditioned_on_every_layer() -> None:
+    """What the existing library gets wrong: there the direction of a convolution is the gradient's."""
+    recipe = Path(__file__).parents[2] / "recipes" / "image_classification" / "model.py"
+    spec = importlib.util.spec_from_file_location("image_classification_model", recipe)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    net = module.ResNet20(width=4)
+    optimizer = KFAC(net, **PLAIN)
+    x, y = torch.randn(16, 1, 28, 28), torch.randint(0, 10, (16,))
+    nn.functional.cross_entropy(net(x), y).backward()
+    gradients = {name: parameter.grad.detach().clone() for name, parameter in net.named_parameters()}
+    steps = moved(net, optimizer.step)
+    for name, gradient in gradients.items():
+        if gradient.ndim > 1:
+            cosine = torch.nn.functional.cosine_similarity(-steps[name].flatten(), gradient.flatten(), dim=0)
+            assert 0.0 < cosine < 0.98, name
+
+
+def factors_of(optimizer: KFAC) -> list[Tensor]:
+    blocks = optimizer.state_dict()["second_order"]["blocks"]
+    return [matrix for entry in blocks.values() for matrix in entry["statistics"]["matrices"]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_change_nothing(bad: float) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = KFAC(net, lr=0.1, statistics_frequency=1, precondition_frequency=2, workers="inline")
+    x = torch.randn(4, 1, 6, 6)
+    for step in range(6):
+        optimizer.zero_grad()
+        inputs = x.clone()
+        if step == 3:
+            inputs[0, 0, 0, 0] = bad
+        net(inputs).square().mean().backward()
+        before = copy.deepcopy(factors_of(optimizer))
+        if step == 3:
+            with pytest.warns(UserWarning, match="not finite"):
+                steps = moved(net, optimizer.step)
+            assert not any(step.any() for step in steps.values())
+            assert all(map(torch.equal, before, factors_of(optimizer)))
+        else:
+            optimizer.step()
+    assert optimizer.skipped_steps == 1 and all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_captures_belong_to_a_step() -> None:
+    """What is thrown away with zero_grad(), seen in evaluation or without gradients leaves no trace."""
+
+    def run(disturb: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = Net().double()
+        optimizer = KFAC(net, lr=0.1, statistics_frequency=1, precondition_frequency=1, workers="inline")
+        x = torch.randn(5, 4, 1, 6, 6, dtype=torch.float64)
+        for batch in x:
+            if disturb:
+                net(batch * 3).square().sum().backward()
+                optimizer.zero_grad()
+                net.eval()
+                with torch.no_grad():
+                    net(batch * 5)
+                net.train()
+            else:
+                optimizer.zero_grad()
+            net(batch).square().mean().backward()
+            optimizer.step()
+        return dict(net.named_parameters())
+
+    calm, disturbed = run(False), run(True)
+    for name, expected in calm.items():
+        assert torch.equal(disturbed[name], expected), name
+
+
+def test_a_layer_that_is_not_seen_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = KFAC(net, **PLAIN)
+    x = torch.randn(4, 3)
+    # the weight of the second layer, but not the layer
+    nn.functional.linear(net[0](x), net[1].weight, net[1].bias).square().mean().backward()
+    with caplog.at_level("WARNING"):
+        steps = moved(net, optimizer.step)
+    assert "layer '1' has a gradient, but no pass through it was seen" in caplog.text
+    assert all(step.any() for step in steps.values())  # SGD moves it
+
+
+def test_without_a_model_the_error_says_what_to_do() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = KFAC(net.parameters(), lr=0.1)
+    net(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(ValueError, match=r"KFAC\(model, ...\)"):
+        optimizer.step()
+
+
+def test_copies_and_pickles_go_on_alike() -> None:
+    torch.manual_seed(0)
+    net = Net().double()
+    optimizer = KFAC(net, lr=0.1, statistics_frequency=1, precondition_frequency=2, workers="inline")
+    x = torch.randn(8, 4, 1, 6, 6, dtype=torch.float64)
+
+    def run(model: nn.Module, own: KFAC, batches: Tensor) -> None:
+        for batch in batches:
+            own.zero_grad()
+            model(batch).square().mean().backward()
+            own.step()
+
+    run(net, optimizer, x[:4])
+    twin, saved = Net().double(), io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    twin.load_state_dict(net.state_dict())
+    loaded = KFAC(twin, lr=0.1, statistics_frequency=1, precondition_frequency=2, workers="inline")
+    loaded.load_state_dict(torch.load(saved, weights_only=True))
+    both: list[tuple[nn.Module, KFAC]] = [(twin, loaded)]
+    for copied in (copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))):
+        model, own = copied
+        own.remember(model)
+        both.append((model, own))
+    run(net, optimizer, x[4:])
+    for model, own in both:
+        run(model, own, x[4:])
+        for name, expected in net.named_parameters():
+            assert torch.equal(model.get_parameter(name), expected), name
+
+
+def test_adaptive_damping_follows_the_quadratic_model() -> None:
+    """For a linear model with squared loss and its exact curvature the prediction is the reduction: damping falls.
+
+    One example, so that the empirical Fisher matrix is the gradient's outer product; a loss that rises raises it.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 1, bias=False).double()
+    options = {**PLAIN, "lr": 1.0, "damping": 1e-3, "adaptive_damping": {"interval": 1, "factor": 0.5}}
+    optimizer = KFAC(layer, **options)
+    x = torch.randn(1, 3).double()
+    start = layer.weight.detach().clone()
+    # with residual 1 the Gauss-Newton matrix x x^T equals the gradient's outer product
+    target = layer(x).detach() - 1.0
+
+    def loss() -> Tensor:
+        return 0.5 * (layer(x) - target).square().sum()
+
+    optimizer.evaluate = loss
+    loss().backward()
+    before = float(loss().detach())
+    optimizer.step()
+    actual = float(loss().detach()) - before
+    step = (layer.weight.detach() - start).flatten()
+    curvature = torch.outer(x[0], x[0]) + 1e-3 * torch.eye(3).double()
+    predicted = float(x[0] @ step + 0.5 * step @ curvature @ step)
+    assert optimizer._predicted == pytest.approx(predicted, rel=1e-9)
+    assert actual == pytest.approx(predicted, rel=1e-2)
+    assert optimizer.damping == 5e-4
+
+    optimizer.zero_grad()
+    layer.weight.data.copy_(start)
+    loss().backward()
+    optimizer.evaluate = lambda: -loss()
+    optimizer.step()
+    assert optimizer.damping == 1e-3
+
+    optimizer.zero_grad()
+    layer.weight.data.copy_(start)
+    loss().backward()
+    optimizer.evaluate = lambda: loss() if torch.equal(layer.weight, start) else loss() * float("nan")
+    optimizer.step()
+    assert optimizer.damping == 2e-3 and torch.equal(layer.weight, start) and optimizer.skipped_steps == 1
+
+
+def test_adaptive_damping_without_a_loss_says_what_to_do() -> None:
+    layer = nn.Linear(3, 1)
+    optimizer = KFAC(layer, **PLAIN, adaptive_damping={"interval": 1})
+    layer(torch.randn(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"optimizer.evaluate"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"did you mean 'interval'"):
+        KFAC(layer, adaptive_damping={"intervals": 1})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_takes_over(kind: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    net = Net().double()
+    optimizer = kind(net.parameters(), lr=0.01)
+    taken = take_over(optimizer, "kfac", {"statistics_frequency": 1, "precondition_frequency": 2}, net)
+    assert isinstance(taken, KFAC) and taken is optimizer
+    assert taken.options.grafting == ("adam" if kind is torch.optim.AdamW else None)
+    x, y = torch.randn(8, 1, 6, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+    losses = []
+    for _ in range(20):
+        taken.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        taken.step()
+    assert losses[-1] < 0.5 * losses[0] and taken.diagnostics()["condition_number"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping=0.0"),
+        ({"damping_method": "exakt"}, "did you mean 'exact'"),
+        ({"kl_clip": -1.0}, "kl_clip=-1.0"),
+        ({"factor_decay": 1.0}, "factor_decay=1.0"),
+        ({"fisher": "monte-carlo"}, "fisher='monte-carlo'"),
+        ({"approximation": "sum"}, "approximation='sum'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFAC(nn.Linear(2, 2), **options)
