@@ -8,26 +8,18 @@ leave nothing, and a pass that activation checkpointing repeats is counted once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_soo.capture.factors import FactorSums
 from lightning_soo.capture.layers import Layer, find_layers
-from lightning_soo.capture.registry import Record, tensors
+from lightning_soo.capture.passes import Pass, Passes, is_repeated
+from lightning_soo.capture.registry import Record
+from lightning_soo.capture.switch import Hooks
 
 __all__ = ["Layer", "Recorder", "find_layers"]
-
-
-@dataclass
-class _Pass:
-    """One forward pass of the whole model; its examples count once a gradient comes back."""
-
-    batch: int
-    is_counted: bool = False
 
 
 class Recorder:
@@ -44,25 +36,29 @@ class Recorder:
         self.layers, self.reasons = find_layers(model)
         self.approximation, self.batch_reduction = approximation, batch_reduction
         self.recording = True
-        self._pass: _Pass | None = None
-        self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._passes = Passes()
+        self._hooks = Hooks()
         by_module: dict[nn.Module, list[Layer]] = {}
         for layer in self.layers:
             for module in layer.modules:
                 by_module.setdefault(module, []).append(layer)
+        # of others, a loss or a metric, the arguments need not be examples
+        callers = [module for module in model.modules() if any(part in by_module for part in module.modules())]
+        self._hooks.add(module.register_forward_pre_hook(self._begin, with_kwargs=True) for module in callers)
         for module, layers in by_module.items():
-            self._hooks += layers[0].rule.watch(module, self._recording(module, layers))
+            self._hooks.add(layers[0].rule.watch(module, self._recording(module, layers)))
+        self._hooks.add(module.register_forward_hook(self._end, always_call=True) for module in callers)
         self.clear()
 
     def clear(self) -> None:
         """Forget this step's captures: it is over, was skipped, or its gradients were zeroed."""
         self.sums: dict[str, FactorSums] = {layer.name: FactorSums() for layer in self.layers}
         self.examples = 0
+        self._passes.forget()
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def factors(self, *, divisor: float = 1.0) -> dict[str, tuple[Tensor | None, Tensor]]:
         """``A`` and ``G`` of every layer that was used, of what this process has seen; shapes as in ``FactorSums``.
@@ -78,17 +74,20 @@ class Recorder:
                 found[name] = inputs, sums.gradients * (divisor**2 / max(self.examples, 1))
         return found
 
-    def _begin(self, model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Note how many examples this pass of the whole model has."""
-        tensor = next((t for t in tensors((positional, named)) if t.ndim > 0), None)
-        self._pass = _Pass(batch=tensor.shape[0] if tensor is not None else 1)
+    def _begin(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self.recording:
+            self._passes.begin(module, positional, named)
+
+    def _end(self, module: nn.Module, positional: tuple[Any, ...], output: Any) -> None:
+        if self.recording:
+            self._passes.end(module)
 
     def _recording(self, module: nn.Module, layers: list[Layer]) -> Record:
         def record(values: Tensor, result: Tensor, pick: Mapping[str, Callable[[Tensor], Tensor]] | None) -> None:
-            if not self.recording or not torch.is_grad_enabled() or not result.requires_grad:
+            if not self.recording or not torch.is_grad_enabled() or not result.requires_grad or is_repeated():
                 return
             used = layers if pick is None else [layer for layer in layers if layer.part.key in pick]
-            current = self._pass or _Pass(batch=values.shape[0])  # a part of the model was called by itself
+            current = self._passes.current() or Pass(batch=values.shape[0])  # recording began inside a pass
             batch, values = current.batch, values.detach()
             # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
             with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
@@ -97,8 +96,7 @@ class Recorder:
             kept = values if any(layer.rule.needs_input for layer in used) else None
 
             def gradient_hook(gradient: Tensor) -> None:
-                if not current.is_counted:
-                    current.is_counted = True
+                if self._passes.count(current):
                     self.examples += batch
                 # of the loss of one example: the mean has divided it by their number
                 scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
