@@ -48,6 +48,8 @@ class Recorder:
         for module, layers in by_module.items():
             self._hooks.add(layers[0].rule.watch(module, self._recording(module, layers)))
         self._hooks.add(module.register_forward_hook(self._end, always_call=True) for module in callers)
+        # what was compiled before does not look whether there are hooks now (skip_nnmodule_hook_guards): compile anew
+        torch._dynamo.reset_code_caches()
         self.clear()
 
     def clear(self) -> None:

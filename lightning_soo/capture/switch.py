@@ -20,8 +20,9 @@ class Switch:
     """
 
     def __init__(self, function: Callable[..., Any] | None = None) -> None:
-        self._function = torch.compiler.disable(function) if function is not None else None  # type: ignore[no-untyped-call]
+        self._function = function
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._function(*positional, **named) if self._function is not None else None
 
