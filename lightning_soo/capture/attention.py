@@ -76,7 +76,7 @@ class _Watching:
         self._thread = threading.get_ident()
         self._examples = 0
         self._linear = nn.functional.linear
-        nn.functional.linear = self._watched  # type: ignore[assignment]
+        nn.functional.linear = self._watched
 
     def stop(self) -> None:
         nn.functional.linear = self._linear
