@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -54,6 +55,8 @@ class AttentionRule(LayerRule):
         running: list[_Watching] = []
 
         def before(module: nn.Module, positional: tuple[Any, ...]) -> None:
+            # torch.compile would take the whole of it for one operation, with nothing to see inside
+            torch._dynamo.eval_frame.skip_code(nn.MultiheadAttention.forward.__code__)
             running.append(_Watching(module, parts, record))
 
         def after(module: nn.Module, positional: tuple[Any, ...], output: Any) -> None:
@@ -73,11 +76,12 @@ class _Watching:
         self._thread = threading.get_ident()
         self._examples = 0
         self._linear = nn.functional.linear
-        nn.functional.linear = self._watched  # type: ignore[assignment]
+        nn.functional.linear = self._watched
 
     def stop(self) -> None:
         nn.functional.linear = self._linear
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watched(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = self._linear(values, weight, bias)
         if threading.get_ident() != self._thread:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_soo.capture.factors import wide_dtype
+from lightning_soo.capture.factors import Statistics, wide_dtype
 from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, register
 
 
@@ -35,14 +35,14 @@ class EmbeddingRule(LayerRule):
             return "an embedding with max_norm, scale_grad_by_freq or sparse gradients"
         return ""
 
-    def input_sum(
-        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
-    ) -> tuple[Tensor, int]:
+    def input_sums(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, how: Statistics
+    ) -> tuple[tuple[Tensor, ...], int]:
         tokens = values.flatten()
         counts = torch.bincount(tokens, minlength=part.inputs).to(wide_dtype(module.weight.dtype))
         if module.padding_idx is not None:  # it never has a gradient
             counts[module.padding_idx] = 0
-        return counts, tokens.numel()
+        return (counts,), tokens.numel()
 
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:
         """One-hot rows: for checks, too large for use."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_soo.capture.factors import wide_dtype
+from lightning_soo.capture.factors import Statistics, wide_dtype
 from lightning_soo.capture.registry import LayerPart, LayerRule, by_example, register
 
 
@@ -38,13 +38,13 @@ class NormalizationRule(LayerRule):
     def refusal(self, module: nn.Module) -> str:
         return "a normalisation without a scale"
 
-    def input_sum(
-        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
-    ) -> tuple[None, int]:
-        return None, 0
+    def input_sums(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, how: Statistics
+    ) -> tuple[tuple[Tensor, ...], int]:
+        return (), 0
 
     def gradient_sum(
-        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, approximation: str
+        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, how: Statistics
     ) -> Tensor:
         assert values is not None
         rows = self.gradients(module, part, gradient, batch)

@@ -15,52 +15,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_soo.capture.factors import gradient_sum, input_sum
+from lightning_soo.capture.factors import Statistics, gradient_sum, input_sums
+from lightning_soo.capture.parts import LayerPart, limit_part
+
+__all__ = ["LayerPart", "LayerRule", "Record", "by_example", "find_rule", "limit_part", "register", "tensors"]
 
 # A use of a layer: its input, its output, and of the output's gradient what belongs to each of the parts that were used
 # (None: all of it, to all parts).
 Record = Callable[[Tensor, Tensor, Mapping[str, Callable[[Tensor], Tensor]] | None], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerPart:
-    """What has one pair of factors: a weight and perhaps its bias, or some rows of both (a group, q, k or v).
-
-    As a matrix it is ``(outputs, inputs)``, with the bias as one more column.
-
-    Attributes:
-        key: what follows the module's name where it has several parts, else empty.
-        weight, bias: names of the module's parameters.
-        rows: of the weight as a matrix ``(outputs, inputs)``.
-        bias_rows: of the bias; None is ``rows``.
-        transposed: whether the weight is stored as ``(inputs, outputs)``.
-        structure: ``"dense"``: two full factors; ``"diagonal"``: the input factor is one, ``(columns,)`` (embeddings);
-            ``"unit"``: no input factor, and for each output a small matrix between its scale and shift.
-    """
-
-    key: str = ""
-    weight: str
-    bias: str | None
-    rows: tuple[int, int]
-    bias_rows: tuple[int, int] | None = None
-    inputs: int
-    transposed: bool = False
-    structure: str = "dense"
-
-    @property
-    def outputs(self) -> int:
-        return self.rows[1] - self.rows[0]
-
-    @property
-    def columns(self) -> int:
-        """Order of the input factor: the inputs, and a constant one for the bias."""
-        return self.inputs + (self.bias is not None)
 
 
 class LayerRule(ABC):
@@ -81,18 +48,17 @@ class LayerRule(ABC):
     def parts(self, module: nn.Module) -> list[LayerPart]:
         """The parts of a module; none where it cannot be captured (:meth:`refusal` says why)."""
 
-    def input_sum(
-        self, module: Any, part: LayerPart, values: Tensor, batch: int, approximation: str
-    ) -> tuple[Tensor | None, int]:
-        """The input factor's sum and the number of rows in it, from the module's first argument."""
-        rows = self.inputs(module, part, values, batch)
-        return input_sum(rows, approximation, bias=part.bias is not None)
+    def input_sums(
+        self, module: Any, part: LayerPart, values: Tensor, batch: int, how: Statistics
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """Sums of shapes ``part.input_factors`` and the number of rows in them, from the module's first argument."""
+        return input_sums(self.inputs(module, part, values, batch), part, how)
 
     def gradient_sum(
-        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, approximation: str
+        self, module: Any, part: LayerPart, values: Tensor | None, gradient: Tensor, batch: int, how: Statistics
     ) -> Tensor:
         """The gradient factor's sum; ``values`` is the first argument where ``needs_input``."""
-        return gradient_sum(self.gradients(module, part, gradient, batch), approximation)
+        return gradient_sum(self.gradients(module, part, gradient, batch), part, how)
 
     @abstractmethod
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:

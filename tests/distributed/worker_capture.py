@@ -135,10 +135,9 @@ def reduced(recorder: Recorder) -> dict[str, list[Tensor]]:
     """Sums over ranks of what each has seen, positions and examples with them."""
     found: dict[str, list[Tensor]] = {}
     for name, sums in recorder.sums.items():
-        inputs = sums.inputs if isinstance(sums.inputs, tuple) else (sums.inputs,)
-        assert sums.gradients is not None, name
+        assert sums.inputs is not None and sums.gradients is not None, name
         count = torch.tensor([sums.positions, recorder.examples])
-        found[name] = [t.clone() for t in (*inputs, sums.gradients, count) if t is not None]
+        found[name] = [tensor.clone() for tensor in (*sums.inputs, sums.gradients, count)]
         for tensor in found[name]:
             dist.all_reduce(tensor)
     return found
@@ -173,16 +172,12 @@ def compare(engine: str, rank: int, ranks: int) -> None:
         assert found_names == names and found_reasons == reasons, (engine, before, found_names, found_reasons)
         # the mean of a micro-batch is over the examples of one rank
         for name, sums in alone.sums.items():
-            inputs = sums.inputs if isinstance(sums.inputs, tuple) else (sums.inputs,)
-            assert sums.gradients is not None
-            expected = [*inputs, sums.gradients, torch.tensor([sums.positions, alone.examples])]
-            expected = [tensor for tensor in expected if tensor is not None]
+            assert sums.inputs is not None and sums.gradients is not None
+            expected = [*sums.inputs, sums.gradients, torch.tensor([sums.positions, alone.examples])]
             for one, other in zip(found[name], expected, strict=True):
                 bound = BOUNDS[dtype] * float(other.abs().max())
                 error = float((one - other).abs().max())
-                assert error <= bound, (
-                    f"{engine}, recorder before wrapping: {before}, {name}: {error:.2g} > {bound:.2g}"
-                )
+                assert error <= bound, f"{engine}, recorder first: {before}, {name}: {error:.2g} > {bound:.2g}"
     if rank == 0:
         print(f"{engine}: equal", flush=True)
 
