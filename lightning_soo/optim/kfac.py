@@ -61,8 +61,10 @@ class KFAC(LayeredOptimizer):
             ``optimizer.evaluate``, a function that gives this batch's loss; Lightning's front doors set it. Not under
             ZeRO, which updates the model only after the step.
         batch_reduction: ``"mean"`` or ``"sum"``: what the loss does over the examples of a batch.
-        max_preconditioner_dim: a larger input factor is kept as channels times space (convolutions) or as two factors
-            near its square root, a larger output factor as a diagonal.
+        max_preconditioner_dim: a larger input factor is kept as the product of two, channels and space (Ba, Grosse
+            and Martens 2017), a larger output factor as a diagonal.
+        input_shapes: layer name -> ``(channels, space)`` of a fully connected layer's inputs, for that product; a
+            convolution's are its channels and taps, others are cut near their square root.
         statistics_ranks: how many ranks collect statistics, from rank 0; None is all.
         statistics_positions: about how many output positions of a convolution are looked at for each example; None is
             all of them.
@@ -111,6 +113,7 @@ class KFAC(LayeredOptimizer):
         statistics_ranks: int | None = None,
         statistics_positions: int | None = None,
         gram_dtype: torch.dtype | str | None = None,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
         grafting: str | None = None,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
@@ -142,6 +145,7 @@ class KFAC(LayeredOptimizer):
             statistics_ranks=statistics_ranks,
             statistics_positions=statistics_positions,
             gram_dtype=parse_dtype(gram_dtype),
+            input_shapes=tuple((name, (int(a), int(b))) for name, (a, b) in (input_shapes or {}).items()),
             grafting=grafting,
             moves_the_rest=moves_the_rest,
             nonfinite=nonfinite,

@@ -36,6 +36,7 @@ class KFACOptions(ShampooOptions):
     statistics_ranks: int | None = None
     statistics_positions: int | None = None
     gram_dtype: torch.dtype | None = None
+    input_shapes: tuple[tuple[str, tuple[int, int]], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -150,6 +150,8 @@ class LayerDirections(SecondOrderOptimizer):
         of_weight, of_bias, product = block.direction(weight, bias)
         if self._counts(block):
             member = self._by_name[block.block.parameter]
+            if not member.magnitude > 0 and block.layer.bias is not None:  # its scale is that of an earlier step
+                member = self._by_name[block.layer.bias.parameter]
             factor = float(member.group["lr"]) * member.scale
             self._products.append(product.to(torch.float64) * factor**2)
             self._slopes.append(product.to(torch.float64) * factor)

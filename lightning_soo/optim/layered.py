@@ -50,8 +50,7 @@ class LayeredOptimizer(LayerDirections):
             approximation=options.approximation,
             batch_reduction=options.batch_reduction,
             max_order=options.max_preconditioner_dim,
-            fisher=options.fisher,
-            likelihood=options.likelihood,
+            input_shapes=dict(options.input_shapes),
             positions=options.statistics_positions,
             gram_dtype=options.gram_dtype,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,7 +31,7 @@ def evaluator(trainer: pl.Trainer, batch: Any, index: int) -> Callable[[], Tenso
                 output = trainer.strategy.training_step(batch, index)
         finally:
             del module.log
-        loss: Tensor = output["loss"] if isinstance(output, dict) else output
+        loss = cast(Tensor, output["loss"] if isinstance(output, dict) else output)
         return loss
 
     return evaluate
