@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contenders import BUDGETS, CONTENDERS, Contender
+from contenders import BUDGETS, CONTENDERS, TUNING_EPOCHS, Contender
 from settings import Settings
 from train import Row, fit
 
@@ -75,7 +75,7 @@ def work(settings: Settings, data_dir: Path | None) -> tuple[list[Row], float]:
 
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec).*")
     return fit(settings, read(data_dir, 32), progress=False)
 
 
@@ -98,13 +98,13 @@ def run(settings: Settings, data_dir: Path | None) -> Run:
 
 def tune(contender: Contender, data_dir: Path | None) -> Settings:
     """The best learning rate, then the best damping at it."""
-    tried = [run(contender.settings(contender.tuning_epochs, lr), data_dir) for lr in contender.lrs]
+    tried = [run(contender.settings(TUNING_EPOCHS, lr), data_dir) for lr in contender.lrs]
     while True:
         best, lrs = max(tried, key=lambda r: r.accuracy), [r.settings.lr for r in tried]
         if best.accuracy and min(lrs) < best.settings.lr < max(lrs):
             break
         lr = min(lrs) / 2 if best.settings.lr == min(lrs) or not best.accuracy else max(lrs) * 2
-        tried.append(run(contender.settings(contender.tuning_epochs, lr), data_dir))
+        tried.append(run(contender.settings(TUNING_EPOCHS, lr), data_dir))
     tried += [run(replace(best.settings, damping=damping), data_dir) for damping in contender.dampings]
     return max(tried, key=lambda r: r.accuracy).settings
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from settings import Settings
 
 BUDGETS = (3, 4, 6, 8, 12)  # epochs; the schedule is fitted to each
+TUNING_EPOCHS = 4  # the budget at which grids are run; the other budgets take the best of it
 LARGE = {"batch_size": 2048, "accumulate": 16}
 KFAC = {"optimizer": "kfac", "warmup": 0.1}
 # factors are running means over 1 / (1 - decay) updates, and runs are short: a few hundred steps, or a few dozen
@@ -22,13 +23,11 @@ class Contender:
     Args:
         base: what is not tuned.
         lrs: grid, each twice the one before, extended while the best value is at an edge.
-        tuning_epochs: the budget at which the grid is run; other budgets take the best of it.
         dampings: the other axis of K-FAC's grid; tried at the best learning rate.
     """
 
     base: Settings
     lrs: Sequence[float]
-    tuning_epochs: int
     dampings: Sequence[float] = ()
 
     def settings(self, epochs: int, lr: float, damping: float | None = None, seed: int = 0) -> Settings:
@@ -36,16 +35,16 @@ class Contender:
         return replace(self.base, epochs=epochs, lr=lr, damping=chosen, seed=seed)
 
 
-def kfac(normalization: str, lrs: Sequence[float], tuning_epochs: int, **options: float) -> Contender:
+def kfac(normalization: str, lrs: Sequence[float], **options: float) -> Contender:
     base = replace(Settings(**KFAC), normalization=normalization, **options)  # type: ignore[arg-type]
-    return Contender(base, lrs, tuning_epochs, dampings=(3e-4, 1e-3, 3e-3, 1e-2))
+    return Contender(base, lrs, dampings=(3e-4, 1e-3, 3e-3, 1e-2))
 
 
 CONTENDERS = {
-    "SGD, BatchNorm, 128": Contender(Settings(), (0.05, 0.1, 0.2, 0.4), 4),
-    "SGD, BatchNorm, 2048": Contender(Settings(**LARGE), (0.4, 0.8, 1.6), 6),  # type: ignore[arg-type]
-    "K-FAC, 128": kfac("none", (0.05, 0.1, 0.2), 4, **KFAC_NORMAL),
-    "K-FAC, 2048": kfac("none", (0.1, 0.2, 0.4), 6, **LARGE, **KFAC_LARGE),
-    "K-FAC, BatchNorm, 128": kfac("batch", (0.05, 0.1, 0.2), 4, **KFAC_NORMAL),
-    "K-FAC, BatchNorm, 2048": kfac("batch", (0.1, 0.2, 0.4), 6, **LARGE, **KFAC_LARGE),
+    "SGD, BatchNorm, 128": Contender(Settings(), (0.05, 0.1, 0.2, 0.4)),
+    "SGD, BatchNorm, 2048": Contender(Settings(**LARGE), (0.4, 0.8, 1.6)),  # type: ignore[arg-type]
+    "K-FAC, 128": kfac("none", (0.05, 0.1, 0.2), **KFAC_NORMAL),
+    "K-FAC, 2048": kfac("none", (0.1, 0.2, 0.4), **LARGE, **KFAC_LARGE),
+    "K-FAC, BatchNorm, 128": kfac("batch", (0.05, 0.1, 0.2), **KFAC_NORMAL),
+    "K-FAC, BatchNorm, 2048": kfac("batch", (0.1, 0.2, 0.4), **LARGE, **KFAC_LARGE),
 }
