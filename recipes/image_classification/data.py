@@ -100,12 +100,16 @@ def split(training: Pictures, train_examples: int, validation_examples: int) -> 
     """Training and validation examples of the training set, drawn once: the same for every seed.
 
     Args:
-        train_examples: 0 for all that validation leaves.
+        train_examples: 0 for all that validation leaves. Where there are fewer than both together, they share what
+            there is in the same proportion, and it is said.
     """
+    asked = train_examples + validation_examples
+    if asked > len(training):
+        validation_examples = len(training) * validation_examples // asked
+        train_examples = len(training) - validation_examples
+        print(f"{len(training)} pictures: {train_examples} for training, {validation_examples} for validation")
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
     left = len(training) - validation_examples
-    if not 0 <= train_examples <= left:
-        raise SystemExit(f"--train-examples is {train_examples}; there are {left} besides those for validation")
     return training.take(order[: train_examples or left]), training.take(order[left:])
 
 
