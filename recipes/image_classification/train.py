@@ -152,7 +152,10 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
-    trainer.fit(model, loader, test_loader(Augmented(validation, mean, std)))
+    held_out = test_loader(Augmented(validation, mean, std))
+    trainer.fit(model, loader, held_out)
+    if record.losses:  # steps since the last validation
+        trainer.validate(model, held_out, verbose=False)
     result = trainer.test(model, test_loader(Augmented(sets[1], mean, std)), verbose=False)
     return record.rows, float(result[0]["test_accuracy"])
 
