@@ -97,15 +97,16 @@ def run(settings: Settings, data_dir: Path | None) -> Run:
 
 
 def tune(contender: Contender, data_dir: Path | None) -> Settings:
-    """The best learning rate, then the best damping at it."""
-    tried = [run(contender.settings(TUNING_EPOCHS, lr), data_dir) for lr in contender.lrs]
+    """The best learning rate, then the best value of the second setting at it."""
+    base = replace(contender.base, epochs=TUNING_EPOCHS)
+    tried = [run(replace(base, lr=lr), data_dir) for lr in contender.lrs]
     while True:
         best, lrs = max(tried, key=lambda r: r.accuracy), [r.settings.lr for r in tried]
         if best.accuracy and min(lrs) < best.settings.lr < max(lrs):
             break
         lr = min(lrs) / 2 if best.settings.lr == min(lrs) or not best.accuracy else max(lrs) * 2
-        tried.append(run(contender.settings(TUNING_EPOCHS, lr), data_dir))
-    tried += [run(replace(best.settings, damping=damping), data_dir) for damping in contender.dampings]
+        tried.append(run(replace(base, lr=lr), data_dir))
+    tried += [run(replace(best.settings, **{contender.second: value}), data_dir) for value in contender.values]
     return max(tried, key=lambda r: r.accuracy).settings
 
 

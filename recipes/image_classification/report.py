@@ -1,32 +1,30 @@
 """The tables and the picture of compare.py's runs: comparison/README.md and comparison/comparison.png.
 
-python recipes/image_classification/report.py [--target-accuracy 0.9]
+python recipes/image_classification/report.py
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from compare import HERE, Run, read_runs
-from contenders import CONTENDERS, Contender
+from contenders import CONTENDERS, TARGETS, Contender
 from matplotlib.figure import Figure
-
-TARGET = 0.9
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one contender that differ in their seed alone."""
+    """The runs of one contender that differ in their seed alone. Args: second: the contender's, if it is tuned."""
 
     runs: list[Run]
+    second: str = ""
 
     @property
     def settings(self) -> str:
         """What was tuned."""
         s = self.runs[0].settings
-        return f"lr {s.lr:g}" + (f", damping {s.damping:g}" if s.optimizer == "kfac" else "")
+        return f"lr {s.lr:g}" + (f", {self.second} {getattr(s, self.second):g}" if self.second else "")
 
     @property
     def budget(self) -> int:
@@ -50,10 +48,9 @@ class Cell:
 def cells(contender: Contender, runs: list[Run]) -> list[Cell]:
     groups: dict[object, list[Run]] = {}
     for run in runs:
-        s = run.settings
-        if replace(contender.base, epochs=s.epochs, lr=s.lr, damping=s.damping, seed=s.seed) == s:
-            groups.setdefault(replace(s, seed=0), []).append(run)
-    return [Cell(group) for group in groups.values()]
+        if contender.owns(run.settings):
+            groups.setdefault(replace(run.settings, seed=0), []).append(run)
+    return [Cell(group, contender.second if contender.values else "") for group in groups.values()]
 
 
 def seconds_per_step(some: list[Cell]) -> float:
@@ -67,34 +64,35 @@ def soonest(some: list[Cell], target: float) -> tuple[Cell, float, float] | None
     return min(reached, key=lambda entry: entry[1]) if reached else None
 
 
-def first_table(groups: dict[str, list[Cell]], target: float) -> list[str]:
+def first_table(groups: dict[str, list[Cell]]) -> list[str]:
     lines = [
-        f"| | steps to {target:.1%} | epochs | seconds | with | ms/step | best validation | test | with |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | target | steps to it | epochs | seconds | with | ms/step | best validation | test | with |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, some in groups.items():
-        each, best, found = seconds_per_step(some), max(some, key=lambda cell: cell.accuracy), soonest(some, target)
+        target, best = CONTENDERS[name].target, max(some, key=lambda cell: cell.accuracy)
+        each, found = seconds_per_step(some), soonest(some, target)
         way = "- | - | - | -"
         if found is not None:
             cell, steps, epochs = found
             way = f"{steps:.0f} | {epochs:.2f} | {steps * each:.0f} | {cell.budget} epochs, {cell.settings}"
         lines.append(
-            f"| {name} | {way} | {1000 * each:.0f} | {best.accuracy:.2%} | {best.test_accuracy:.2%} | "
+            f"| {name} | {target:.0%} | {way} | {1000 * each:.0f} | {best.accuracy:.2%} | {best.test_accuracy:.2%} | "
             f"{best.budget} epochs, {best.settings} |"
         )
     return [*lines, ""]
 
 
-def budget_table(groups: dict[str, list[Cell]], target: float) -> list[str]:
+def budget_table(groups: dict[str, list[Cell]]) -> list[str]:
     lines = [
         "## Every run",
         "",
-        f"| | epochs | | validation | test | epochs to {target:.1%} |",
+        "| | epochs | | validation | test | epochs to the target |",
         "|---|---|---|---|---|---|",
     ]
     for name, some in groups.items():
         for cell in sorted(some, key=lambda c: (c.budget, c.settings)):
-            found = cell.reaches(target)
+            found = cell.reaches(CONTENDERS[name].target)
             seeds = f", {len(cell.runs)} seeds" if len(cell.runs) > 1 else ""
             lines.append(
                 f"| {name} | {cell.budget} | {cell.settings}{seeds} | {cell.accuracy:.2%} | {cell.test_accuracy:.2%} | "
@@ -103,11 +101,12 @@ def budget_table(groups: dict[str, list[Cell]], target: float) -> list[str]:
     return [*lines, ""]
 
 
-def picture(groups: dict[str, list[Cell]], target: float) -> None:
+def picture(groups: dict[str, list[Cell]]) -> None:
     """Validation accuracy against steps and seconds, a row for each batch size; the run soonest at the target."""
     sizes = sorted({cell.runs[0].settings.batch_size for some in groups.values() for cell in some})
     figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
-    for row, size in zip(figure.subplots(len(sizes), 2, sharey=True, squeeze=False), sizes, strict=True):
+    for row, size in zip(figure.subplots(len(sizes), 2, sharey="row", squeeze=False), sizes, strict=True):
+        target = TARGETS[size]
         for name, some in groups.items():
             if some[0].runs[0].settings.batch_size != size:
                 continue
@@ -120,7 +119,7 @@ def picture(groups: dict[str, list[Cell]], target: float) -> None:
         for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
             axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
             axis.set_xlabel(f"{label}, batch {size}")
-            axis.set_ylim(max(0.0, 2 * target - 1.0 - 0.1), None)
+            axis.set_ylim(target - 0.2, min(1.0, target + 0.05))
             axis.grid(alpha=0.3)
         row[0].set_ylabel("validation accuracy")
         row[0].legend()
@@ -128,9 +127,6 @@ def picture(groups: dict[str, list[Cell]], target: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target-accuracy", type=float, default=TARGET)
-    target = parser.parse_args().target_accuracy
     runs = list(read_runs().values())
     groups = {name: some for name, contender in CONTENDERS.items() if (some := cells(contender, runs))}
     if not groups:
@@ -141,10 +137,10 @@ def main() -> None:
         "Written by report.py; what it means stands in ../README.md.",
         "",
     ]
-    lines = [*head, *first_table(groups, target), "![validation accuracy](comparison.png)", ""]
-    (HERE / "README.md").write_text("\n".join([*lines, *budget_table(groups, target)]).rstrip() + "\n")
-    picture(groups, target)
-    print("\n".join(first_table(groups, target)))
+    lines = [*head, *first_table(groups), "![validation accuracy](comparison.png)", ""]
+    (HERE / "README.md").write_text("\n".join([*lines, *budget_table(groups)]).rstrip() + "\n")
+    picture(groups)
+    print("\n".join(first_table(groups)))
 
 
 if __name__ == "__main__":
