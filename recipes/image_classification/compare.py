@@ -81,7 +81,7 @@ def work(settings: Settings, data_dir: Path | None) -> tuple[list[Row], float]:
 
 def run(settings: Settings, data_dir: Path | None) -> Run:
     """The run, from the csv files if it stands there."""
-    known = read_runs()
+    known, settings = read_runs(), Settings.parse(str(settings))  # floats as the files have them
     if settings in known:
         return known[settings]
     print(f"{settings} ...", end=" ", flush=True)
@@ -97,7 +97,7 @@ def run(settings: Settings, data_dir: Path | None) -> Run:
 
 
 def tune(contender: Contender, data_dir: Path | None) -> Settings:
-    """The best learning rate, then the best value of the second setting at it."""
+    """The best of the grid of learning rates, of the second setting's at the best of them, and of what else was run."""
     base = replace(contender.base, epochs=TUNING_EPOCHS)
     tried = [run(replace(base, lr=lr), data_dir) for lr in contender.lrs]
     while True:
@@ -106,8 +106,10 @@ def tune(contender: Contender, data_dir: Path | None) -> Settings:
             break
         lr = min(lrs) / 2 if best.settings.lr == min(lrs) or not best.accuracy else max(lrs) * 2
         tried.append(run(replace(base, lr=lr), data_dir))
-    tried += [run(replace(best.settings, **{contender.second: value}), data_dir) for value in contender.values]
-    return max(tried, key=lambda r: r.accuracy).settings
+    for value in contender.values:
+        run(replace(best.settings, **{contender.second: value}), data_dir)
+    tuned = [r for r in read_runs().values() if r.settings.epochs == TUNING_EPOCHS and r.settings.seed == 0]
+    return max((r for r in tuned if contender.owns(r.settings)), key=lambda r: r.accuracy).settings
 
 
 def complete(
