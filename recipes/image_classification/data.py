@@ -1,0 +1,190 @@
+"""Pictures with labels as tensors in memory, and batches of them that depend on seed and epoch alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+sys.path.append(str(Path(__file__).parents[1]))  # pictures.py belongs to all recipes
+
+from pictures import FASHION, idx_images, mnist_5k
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Args: images: ``(count, rows, columns, channels)`` in bytes. flips: whether a mirrored picture is as likely."""
+
+    images: Tensor
+    labels: Tensor
+    flips: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def take(self, indices: Tensor) -> Pictures:
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+def cifar10(folder: Path) -> tuple[Pictures, Pictures]:
+    """CIFAR-10's binary version: records of a label and 3 x 32 x 32 bytes."""
+
+    def read(paths: list[Path]) -> Pictures:
+        records = np.concatenate([np.fromfile(path, np.uint8).reshape(-1, 3073) for path in paths])
+        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Pictures(torch.from_numpy(images.copy()), torch.from_numpy(records[:, 0].astype(np.int64)))
+
+    return read(sorted(folder.glob("data_batch_*.bin"))), read([folder / "test_batch.bin"])
+
+
+def image_folder(folder: Path, size: int) -> Pictures:
+    """``folder/class/picture.png`` (or .jpg): the shorter side is resized to `size`, the middle is cut out."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise SystemExit("folders of pictures are read with Pillow: pip install pillow") from error
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    images, labels = [], []
+    for label, name in enumerate(names):
+        for path in sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES):
+            with Image.open(path) as picture:
+                images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
+            labels.append(label)
+    if not images:
+        raise SystemExit(f"{folder} has no pictures: expected {folder}/CLASS/NAME.png or .jpg")
+    return Pictures(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+
+
+def read(folder: Path | None, size: int) -> tuple[Pictures, Pictures]:
+    """Training and test set.
+
+    Args:
+        folder: of MNIST's files, of CIFAR-10's binary version, or with ``train`` and ``val`` (or ``test``) of one
+            folder a class; None for Fashion-MNIST where Debian's package put it, else 4,000 digits and 1,000.
+        size: to which pictures in folders are resized.
+    """
+    if folder is None and not FASHION.exists():
+        images, labels = mnist_5k()
+        digits = Pictures(images[..., None], labels, flips=False)
+        order = torch.arange(len(digits))
+        return digits.take(order[:4000]), digits.take(order[4000:])
+    folder = folder or FASHION
+    if next(folder.glob("data_batch_*.bin"), None):
+        return cifar10(folder)
+    if (folder / "train").is_dir():
+        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+        if test is None:
+            raise SystemExit(f"{folder} has train, but neither val nor test")
+        return image_folder(folder / "train", size), image_folder(test, size)
+    training, testing = (idx_images(folder, part) for part in ("train", "t10k"))
+    return Pictures(training[0][..., None], training[1]), Pictures(testing[0][..., None], testing[1])
+
+
+def split(training: Pictures, train_examples: int, validation_examples: int) -> tuple[Pictures, Pictures]:
+    """Training and validation examples of the training set, drawn once: the same for every seed.
+
+    Args:
+        train_examples: 0 for all that validation leaves. Where there are fewer than both together, they share what
+            there is in the same proportion, and it is said.
+    """
+    asked = train_examples + validation_examples
+    if asked > len(training):
+        validation_examples = len(training) * validation_examples // asked
+        train_examples = len(training) - validation_examples
+        print(f"{len(training)} pictures: {train_examples} for training, {validation_examples} for validation")
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    left = len(training) - validation_examples
+    return training.take(order[: train_examples or left]), training.take(order[left:])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch to be made. Args: indices: of its pictures. seed: of their crops and flips; None for none."""
+
+    indices: Tensor
+    seed: int | None = None
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Maps a Part to normalised images ``(batch, channels, rows, columns)``, stored channels last, and labels.
+
+    Args:
+        padding: by which pictures are enlarged on each side before their own size is cut out at random.
+    """
+
+    def __init__(self, pictures: Pictures, mean: Tensor, std: Tensor, padding: int = 2) -> None:
+        self.pictures, self.mean, self.std, self.padding = pictures, mean, std, padding
+        planes = pictures.images.permute(0, 3, 1, 2)
+        self.padded = nn.functional.pad(planes, (padding,) * 4).permute(0, 2, 3, 1).contiguous()
+
+    def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
+        count, (rows, columns) = len(part.indices), self.pictures.images.shape[1:3]
+        if part.seed is None:
+            images = self.pictures.images[part.indices]
+        else:
+            generator = torch.Generator().manual_seed(part.seed)
+            corners = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
+            x = torch.arange(columns).repeat(count, 1)
+            if self.pictures.flips:
+                x = torch.where(torch.rand(count, 1, generator=generator) < 0.5, x, columns - 1 - x)
+            y = corners[0] + torch.arange(rows)
+            x = corners[1] + x
+            images = self.padded[part.indices[:, None, None], y[:, :, None], x[:, None, :]]
+        normalised = (images.float() - self.mean) / self.std
+        return normalised.permute(0, 3, 1, 2), self.pictures.labels[part.indices]
+
+
+class Parts(Sampler[Part]):
+    """Batches without replacement, in an order given by seed and epoch; what does not fill a step is left out.
+
+    Args:
+        batch_size: of one step; it is cut into `accumulate` parts.
+    """
+
+    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int) -> None:
+        if batch_size % accumulate:
+            raise SystemExit(f"--accumulate {accumulate} does not divide --batch-size {batch_size}")
+        if batch_size > count:
+            raise SystemExit(f"--batch-size {batch_size} is more than the {count} training examples")
+        self.count, self.size, self.seed, self.epoch = count, batch_size // accumulate, seed, 0
+        self.parts = count // batch_size * accumulate
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.parts
+
+    def __iter__(self) -> Iterator[Part]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.count, generator=generator)
+        seeds = torch.randint(2**62, (self.parts,), generator=generator).tolist()
+        for number, seed in enumerate(seeds):
+            yield Part(order[number * self.size : (number + 1) * self.size], seed)
+
+
+def train_loader(data: Augmented, batch_size: int, accumulate: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(data, batch_size=None, sampler=Parts(len(data.pictures), batch_size, accumulate, seed))
+
+
+def test_loader(data: Augmented, batch_size: int = 250) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Every picture once, as it is."""
+    parts = [Part(indices) for indices in torch.arange(len(data.pictures)).split(batch_size)]
+    return DataLoader(data, batch_size=None, sampler=parts)

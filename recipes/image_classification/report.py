@@ -1,0 +1,147 @@
+"""The tables and the picture of compare.py's runs: comparison/README.md and comparison/comparison.png.
+
+python recipes/image_classification/report.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import mean, median
+
+from compare import HERE, Run, read_runs
+from contenders import CONTENDERS, TARGETS, Contender
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one contender that differ in their seed alone. Args: second: the contender's, if it is tuned."""
+
+    runs: list[Run]
+    second: str = ""
+
+    @property
+    def settings(self) -> str:
+        """What was tuned."""
+        s = self.runs[0].settings
+        return f"lr {s.lr:g}" + (f", {self.second} {getattr(s, self.second):g}" if self.second else "")
+
+    @property
+    def budget(self) -> int:
+        return self.runs[0].settings.epochs
+
+    @property
+    def accuracy(self) -> float:
+        return mean(run.accuracy for run in self.runs)
+
+    @property
+    def test_accuracy(self) -> float:
+        return mean(run.test_accuracy for run in self.runs)
+
+    def reaches(self, target: float) -> tuple[float, float] | None:
+        """Mean steps and epochs to the target; None if a seed does not reach it."""
+        rows = [run.reaches(target) for run in self.runs]
+        found = [row for row in rows if row is not None]
+        return (mean(r.step for r in found), mean(r.epoch for r in found)) if len(found) == len(rows) else None
+
+
+def cells(contender: Contender, runs: list[Run]) -> list[Cell]:
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        if contender.owns(run.settings):
+            groups.setdefault(replace(run.settings, seed=0), []).append(run)
+    return [Cell(group, contender.second if contender.values else "") for group in groups.values()]
+
+
+def seconds_per_step(some: list[Cell]) -> float:
+    """Median over the runs: other work on the machine disturbs single ones."""
+    return median(run.rows[-1].seconds / run.rows[-1].step for cell in some for run in cell.runs)
+
+
+def soonest(some: list[Cell], target: float) -> tuple[Cell, float, float] | None:
+    """The cell that reaches the target in the fewest steps, and its steps and epochs."""
+    reached = [(cell, *found) for cell in some if (found := cell.reaches(target)) is not None]
+    return min(reached, key=lambda entry: entry[1]) if reached else None
+
+
+def first_table(groups: dict[str, list[Cell]]) -> list[str]:
+    lines = [
+        "| | target | steps to it | epochs | seconds | with | ms/step | best validation | test | with |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, some in groups.items():
+        target, best = CONTENDERS[name].target, max(some, key=lambda cell: cell.accuracy)
+        each, found = seconds_per_step(some), soonest(some, target)
+        way = "- | - | - | -"
+        if found is not None:
+            cell, steps, epochs = found
+            way = f"{steps:.0f} | {epochs:.2f} | {steps * each:.0f} | {cell.budget} epochs, {cell.settings}"
+        lines.append(
+            f"| {name} | {target:.0%} | {way} | {1000 * each:.0f} | {best.accuracy:.2%} | {best.test_accuracy:.2%} | "
+            f"{best.budget} epochs, {best.settings} |"
+        )
+    return [*lines, ""]
+
+
+def budget_table(groups: dict[str, list[Cell]]) -> list[str]:
+    lines = [
+        "## Every run",
+        "",
+        "| | epochs | | validation | test | epochs to the target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, some in groups.items():
+        for cell in sorted(some, key=lambda c: (c.budget, c.settings)):
+            found = cell.reaches(CONTENDERS[name].target)
+            seeds = f", {len(cell.runs)} seeds" if len(cell.runs) > 1 else ""
+            lines.append(
+                f"| {name} | {cell.budget} | {cell.settings}{seeds} | {cell.accuracy:.2%} | {cell.test_accuracy:.2%} | "
+                f"{'-' if found is None else f'{found[1]:.2f}'} |"
+            )
+    return [*lines, ""]
+
+
+def picture(groups: dict[str, list[Cell]]) -> None:
+    """Validation accuracy against steps and seconds, a row for each batch size; the run soonest at the target."""
+    sizes = sorted({cell.runs[0].settings.batch_size for some in groups.values() for cell in some})
+    figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
+    for row, size in zip(figure.subplots(len(sizes), 2, sharey="row", squeeze=False), sizes, strict=True):
+        target = TARGETS[size]
+        for name, some in groups.items():
+            if some[0].runs[0].settings.batch_size != size:
+                continue
+            found = soonest(some, target)
+            rows = (found[0] if found else max(some, key=lambda c: c.accuracy)).runs[0].rows
+            each, steps = seconds_per_step(some), [r.step for r in rows]
+            accuracies = [r.validation_accuracy for r in rows]
+            row[0].plot(steps, accuracies, label=name)
+            row[1].plot([step * each for step in steps], accuracies, label=name)
+        for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
+            axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
+            axis.set_xlabel(f"{label}, batch {size}")
+            axis.set_ylim(target - 0.2, min(1.0, target + 0.05))
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("validation accuracy")
+        row[0].legend()
+    figure.savefig(HERE / "comparison.png", dpi=110)
+
+
+def main() -> None:
+    runs = list(read_runs().values())
+    groups = {name: some for name, contender in CONTENDERS.items() if (some := cells(contender, runs))}
+    if not groups:
+        raise SystemExit("no runs yet: python recipes/image_classification/compare.py")
+    head = [
+        "# SGD and K-FAC to a target accuracy",
+        "",
+        "Written by report.py; what it means stands in ../README.md.",
+        "",
+    ]
+    lines = [*head, *first_table(groups), "![validation accuracy](comparison.png)", ""]
+    (HERE / "README.md").write_text("\n".join([*lines, *budget_table(groups)]).rstrip() + "\n")
+    picture(groups)
+    print("\n".join(first_table(groups)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Everything that makes one run: the options of train.py, and the key of a run in compare.py's tables."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+KINDS = {"str": str, "int": int, "float": float}
+
+
+def option(default: Any, help: str, *choices: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices or None})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the options' help says what each is."""
+
+    optimizer: str = option("sgd", "with Nesterov's momentum if sgd", "sgd", "kfac", "adamw")
+    width: int = option(8, "channels of the first stage; 16 in the paper")
+    normalization: str = option("batch", "none: Fixup's initialisation", "batch", "none")
+    train_examples: int = option(20480, "a subset; 0 for all that validation leaves")
+    validation_examples: int = option(2500, "of the training set, kept apart")
+    batch_size: int = option(128, "of one step")
+    accumulate: int = option(1, "parts into which a batch is cut; BatchNorm's statistics are those of a part")
+    epochs: int = option(12, "the schedule is fitted to them")
+    lr: float = option(0.1, "the highest, after the warm-up")
+    schedule: str = option("linear", "after the warm-up, to zero", "linear", "cosine")
+    warmup: float = option(0.1, "part of all steps")
+    momentum: float = option(0.9, "of sgd and kfac")
+    weight_decay: float = option(5e-4, "of all parameters")
+    label_smoothing: float = option(0.0, "of the training loss")
+    damping: float = option(1e-3, "of kfac")
+    damping_method: str = option("exact", "of kfac", "exact", "pi")
+    kl_clip: float = option(1e-3, "of kfac; 0 for none")
+    statistics_frequency: int = option(10, "of kfac: steps between two updates of the factors")
+    precondition_frequency: int = option(100, "of kfac: steps between two inversions")
+    factor_decay: float = option(0.95, "of kfac")
+    approximation: str = option("expand", "of kfac, where weights are shared", "expand", "reduce")
+    seed: int = option(0, "of the initialisation, the order of examples and the augmentation")
+
+    def __str__(self) -> str:
+        """The optimizer and what differs from the defaults: `optimizer=sgd lr=0.2`."""
+        changed = [f for f in fields(self) if f.name == "optimizer" or getattr(self, f.name) != f.default]
+        return " ".join(f"{f.name}={getattr(self, f.name):{'g' if f.type == 'float' else ''}}" for f in changed)
+
+    @classmethod
+    def parse(cls, text: str) -> Settings:
+        """What `str` wrote."""
+        kinds = {f.name: KINDS[str(f.type)] for f in fields(cls)}
+        return cls(**{name: kinds[name](value) for name, value in (pair.split("=") for pair in text.split())})
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    for f in fields(Settings):
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            type=KINDS[str(f.type)],
+            default=f.default,
+            choices=f.metadata["choices"],
+            help=f"{f.metadata['help']} (default: {f.default})",
+        )
+
+
+def chosen(arguments: argparse.Namespace) -> Settings:
+    return Settings(**{f.name: getattr(arguments, f.name) for f in fields(Settings)})
