@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "autoencoder"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,27 @@ class SmallGPT(nn.Module):
         return self.head(self.layers(hidden, mask=self.mask, is_causal=True))
 
 
+def resnet20(batch_size: int = 64) -> Task:
+    """He et al.'s ResNet-20 for 3 x 32 x 32 pictures, random ones, since only time is measured."""
+    module = _recipe("model", "image_classification")
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return module.ResNet20(3, 10).to(memory_format=torch.channels_last)
+
+    def batch(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1 + step % 8)
+        return torch.randn(batch_size, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        labels = torch.arange(len(x), device=x.device) % 10
+        return nn.functional.cross_entropy(net(x), labels)
+
+    return Task(
+        name=f"ResNet-20, batch {batch_size}", model=model, batch=batch, loss=loss, flops=6.0 * batch_size * 40.6e6
+    )
+
+
 def small_gpt(batch_size: int = 8, context: int = 128, vocabulary: int = 4096) -> Task:
     """6 layers, d 384, vocabulary 4096; random tokens, since only time is measured."""
 
@@ -102,8 +123,8 @@ def small_gpt(batch_size: int = 8, context: int = 128, vocabulary: int = 4096) -
     )
 
 
-def _recipe(name: str):
-    spec = importlib.util.spec_from_file_location(f"autoencoder_{name}", RECIPE / f"{name}.py")
+def _recipe(name: str, recipe: str = "autoencoder"):
+    spec = importlib.util.spec_from_file_location(f"{recipe}_{name}", RECIPES / recipe / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

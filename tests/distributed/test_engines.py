@@ -26,7 +26,7 @@ def test_torch_engines_equal_one_process(ranks: int) -> None:
     torchrun(WORKER, ranks, "shampoo", *names)
 
 
-@pytest.mark.parametrize("method", ["soap", "sonew"])
+@pytest.mark.parametrize("method", ["soap", "sonew", "kfac"])
 @pytest.mark.parametrize(
     ("ranks", "names"), [(1, ["fsdp2"]), (2, ["ddp", "fsdp1"]), (3, ["ddp", "fsdp1-flat", "fsdp2"]), (4, ["hsdp"])]
 )
@@ -34,10 +34,17 @@ def test_other_methods_equal_one_process(method: str, ranks: int, names: list[st
     torchrun(WORKER, ranks, method, *names)
 
 
-@pytest.mark.parametrize("method", ["soap", "sonew"])
+@pytest.mark.parametrize("method", ["soap", "sonew", "kfac"])
 def test_other_methods_under_zero_equal_one_process(method: str) -> None:
     pytest.importorskip("deepspeed")
     torchrun(WORKER, 3, method, "zero-2", "zero-3")
+
+
+def test_layers_on_every_engine() -> None:
+    """K-FAC's weights and biases are assembled together, and a bound needs all of a step: more kinds of them."""
+    pytest.importorskip("deepspeed")
+    names = ["zero-1", "zero-2-one-group", "zero-3-one-group", "zero-3-sub-groups", "zero-2-bf16", "zero-3-offload"]
+    torchrun(WORKER, 2, "kfac", "fsdp1-flat", "fsdp1-ignored", "fsdp1-checkpointing", "fsdp2-checkpointing", *names)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -332,7 +332,7 @@ def test_resnet_is_preconditioned_on_every_layer() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.manual_seed(0)
-    net = module.ResNet20(width=4)
+    net = module.ResNet20(1, 10, width=4)
     optimizer = KFAC(net, **PLAIN)
     x, y = torch.randn(16, 1, 28, 28), torch.randint(0, 10, (16,))
     nn.functional.cross_entropy(net(x), y).backward()
