@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_soo.capture.registry import tensors
 
@@ -33,6 +33,29 @@ def output_tensor(output: Any) -> Tensor | None:
     if isinstance(logits, Tensor):
         return logits
     return next((tensor for tensor in tensors(output) if tensor.is_floating_point() and tensor.ndim > 0), None)
+
+
+def check_weights_stay(model: nn.Module, fisher: str) -> None:
+    """Refuse engines that free weights between the forward and the backward pass, and bring them back but once.
+
+    Raises:
+        NotImplementedError: FSDP1, FSDP2 and ZeRO-3, by name.
+    """
+    parameters = list(model.parameters())
+    engine = None
+    if any(type(module).__bases__[0].__name__ == "FSDPModule" for module in model.modules()):
+        engine = "FSDP2 (fully_shard)"
+    elif any(hasattr(parameter, "ds_shape") for parameter in parameters):
+        engine = "DeepSpeed ZeRO-3"
+    elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    ):
+        engine = "FSDP1 (FullyShardedDataParallel)"
+    if engine is not None:
+        raise NotImplementedError(
+            f"fisher={fisher!r} differentiates the outputs before the backward pass, and {engine} has freed weights by "
+            "then: use fisher='empirical', or DDP, ZeRO-1 or ZeRO-2"
+        )
 
 
 def seeds(output: Tensor, fisher: str, likelihood: str, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

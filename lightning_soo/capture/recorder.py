@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_soo.capture.factors import APPROXIMATIONS, FactorSums, Statistics
-from lightning_soo.capture.fisher import FISHERS, LIKELIHOODS, output_tensor, seeds
+from lightning_soo.capture.fisher import FISHERS, LIKELIHOODS, check_weights_stay, output_tensor, seeds
 from lightning_soo.capture.layers import Layer, find_layers
 from lightning_soo.capture.parameters import module_name
 from lightning_soo.capture.passes import Pass, Passes, is_in_backward, is_repeated
@@ -73,6 +73,7 @@ class Recorder:
 
         Raises:
             ValueError: an unknown choice or layer, or ``positions`` with ``"reduce"``, which needs them all.
+            NotImplementedError: ``"mc"`` or ``"ggn"`` of a model that FSDP or ZeRO-3 shards; also at its first pass.
         """
         for word, choices in (
             (approximation, APPROXIMATIONS),
@@ -98,6 +99,8 @@ class Recorder:
         self.gram_dtype, self.positions, self.phase = gram_dtype, positions, 0
         self.fisher, self.likelihood, self.seed = fisher, likelihood, seed
         self._observing = False
+        if fisher != "empirical":
+            check_weights_stay(model, fisher)
         # the innermost of those that are the model itself, below wrappers
         self._model = [module for path, module in model.named_modules() if not module_name(path)][-1]
         self.recording = True
@@ -203,6 +206,8 @@ class Recorder:
         Args:
             outputs: logits or means ``(..., classes)``, or a dict or tuple with them.
         """
+        if self.fisher != "empirical":
+            check_weights_stay(self._model, self.fisher)  # it may have been wrapped since
         current, output = self._passes.current(), output_tensor(outputs)
         if self.fisher == "empirical" or not self.recording or current is None or output is None:
             return
