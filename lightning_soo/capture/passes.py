@@ -78,6 +78,11 @@ class Passes:
             latest = self._start(self._possible)
         return latest
 
+    def has_uses(self) -> bool:
+        """Whether layers were called whose gradients nobody has asked for yet."""
+        latest = self._latest()
+        return latest is not None and bool(latest.uses)
+
     def count(self, current: Pass) -> bool:
         """A gradient of it arrives: whether it is the first."""
         # what activation checkpointing calls again is of this one, also where another has begun

@@ -7,6 +7,8 @@ leave nothing, and a pass that activation checkpointing repeats is counted once.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -103,7 +105,7 @@ class Recorder:
             check_weights_stay(model, fisher)
         # the innermost of those that are the model itself, below wrappers
         self._model = [module for path, module in model.named_modules() if not module_name(path)][-1]
-        self.recording = True
+        self.recording, self.examples = True, 0
         self._passes = Passes()
         self._hooks = Hooks()
         by_module: dict[nn.Module, list[Layer]] = {}
@@ -117,11 +119,18 @@ class Recorder:
             self._hooks.add(layers[0].rule.watch(module, self._recording(module, layers)))
         self._hooks.add(module.register_forward_hook(self._end, always_call=True) for module in callers)
         # what was compiled before does not look whether there are hooks now (skip_nnmodule_hook_guards): compile anew
-        torch._dynamo.reset_code_caches()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset_code_caches()
         self.clear()
 
     def clear(self) -> None:
         """Forget this step's captures: it is over, was skipped, or its gradients were zeroed."""
+        if self.fisher != "empirical" and self.examples == 0 and self._passes.has_uses():
+            warnings.warn(
+                f"fisher={self.fisher!r} saw layers but no outputs: where the model's modules are called and not the "
+                "model, call Recorder.observe_outputs(outputs) before the backward pass",
+                stacklevel=2,
+            )
         self.sums: dict[str, FactorSums] = {layer.name: FactorSums() for layer in self.layers}
         self.examples = 0
         self._passes.forget()

@@ -191,6 +191,9 @@ def test_modules_that_are_called_by_themselves_are_observed_by_hand() -> None:
         for module in net:
             output = module(output)
         assert recorder.factors() == {}
+        with pytest.warns(UserWarning, match="observe_outputs"):
+            recorder.clear()  # a step without
+        output = net[2:](net[1](net[0](x)))
         recorder.observe_outputs(output)
         output.sum().backward()
         assert recorder.examples == len(x)
