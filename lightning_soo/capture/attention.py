@@ -6,12 +6,14 @@ while its ``forward`` runs that function is replaced by one that looks at the we
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from lightning_soo.capture.parameters import find_tensor
@@ -56,7 +58,8 @@ class AttentionRule(LayerRule):
 
         def before(module: nn.Module, positional: tuple[Any, ...]) -> None:
             # torch.compile would take the whole of it for one operation, with nothing to see inside
-            torch._dynamo.eval_frame.skip_code(nn.MultiheadAttention.forward.__code__)
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.eval_frame.skip_code(nn.MultiheadAttention.forward.__code__)
             running.append(_Watching(module, parts, record))
 
         def after(module: nn.Module, positional: tuple[Any, ...], output: Any) -> None:
@@ -76,12 +79,12 @@ class _Watching:
         self._thread = threading.get_ident()
         self._examples = 0
         self._linear = nn.functional.linear
-        nn.functional.linear = self._watched
+        nn.functional.linear = self._watched  # type: ignore[assignment]
 
     def stop(self) -> None:
         nn.functional.linear = self._linear
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _watched(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = self._linear(values, weight, bias)
         if threading.get_ident() != self._thread:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from lightning_soo.capture.registry import tensors
+from lightning_soo.capture.uses import Use
 
 
 @dataclass(eq=False)
@@ -19,10 +21,14 @@ class Pass:
     Attributes:
         batch: its examples.
         is_counted: a backward pass has come by.
+        is_observed: its outputs have been differentiated by the recorder itself.
+        uses: of its modules, each with where its gradient is to be had, until then.
     """
 
     batch: int
     is_counted: bool = False
+    is_observed: bool = False
+    uses: list[tuple[GradientEdge, Use]] = field(default_factory=list)
 
 
 class Passes:
@@ -60,7 +66,9 @@ class Passes:
         """After the forward of any module: whether it is the one that began the pass."""
         if module is not self._outermost or is_in_backward():
             return False
-        self._held = self._outermost = None
+        self._outermost = None
+        if self._held is not None and not self._held.uses:
+            self._held = None
         return True
 
     def current(self) -> Pass | None:
@@ -69,6 +77,11 @@ class Passes:
         if self._possible is not None and (latest is None or latest.is_counted):
             latest = self._start(self._possible)
         return latest
+
+    def has_uses(self) -> bool:
+        """Whether layers were called whose gradients nobody has asked for yet."""
+        latest = self._latest()
+        return latest is not None and bool(latest.uses)
 
     def count(self, current: Pass) -> bool:
         """A gradient of it arrives: whether it is the first."""

@@ -7,19 +7,26 @@ leave nothing, and a pass that activation checkpointing repeats is counted once.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_soo.capture.factors import APPROXIMATIONS, FactorSums, Statistics
+from lightning_soo.capture.fisher import FISHERS, LIKELIHOODS, check_weights_stay, output_tensor, seeds
 from lightning_soo.capture.layers import Layer, find_layers
-from lightning_soo.capture.passes import Pass, Passes, is_repeated
+from lightning_soo.capture.parameters import module_name
+from lightning_soo.capture.passes import Pass, Passes, is_in_backward, is_repeated
 from lightning_soo.capture.registry import Record, limit_part
 from lightning_soo.capture.switch import Hooks
+from lightning_soo.capture.uses import Use, source
 from lightning_soo.naming import nearest
 
 __all__ = ["Layer", "Recorder", "find_layers"]
@@ -33,7 +40,7 @@ class Recorder:
         sums: layer name -> what this process has seen since the last :meth:`clear`.
         examples: how many examples that were.
         recording: set it for the steps that need factors; otherwise a hook costs a function call.
-        phase: moves the grid of ``positions``; the same on every rank, the number of the step.
+        phase: moves the grid of ``positions``, and seeds draws; the same on every rank, the number of the step.
     """
 
     def __init__(
@@ -46,6 +53,9 @@ class Recorder:
         input_shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
         gram_dtype: torch.dtype | None = None,
         positions: int | None = None,
+        fisher: str = "empirical",
+        likelihood: str = "categorical",
+        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -57,12 +67,24 @@ class Recorder:
             gram_dtype: rows are rounded to it before they are multiplied, ``torch.bfloat16``.
             positions: of each example's output of a convolution about so many at most enter the factors, on a grid
                 that :attr:`phase` moves; every position otherwise.
+            fisher: ``"empirical"``: gradients of the user's loss, in his backward pass. ``"mc"``: of labels drawn from
+                the model's outputs; ``"ggn"``: of every class, exact. Those two differentiate the outputs themselves
+                (:meth:`observe_outputs`): ``batch_reduction``, a loss scale or accumulation are nothing to them.
+            likelihood: what the outputs are, ``"categorical"`` or ``"gaussian"`` (:mod:`fisher`).
+            seed: of the draws, with :attr:`phase`; another on every rank.
 
         Raises:
             ValueError: an unknown choice or layer, or ``positions`` with ``"reduce"``, which needs them all.
+            NotImplementedError: ``"mc"`` or ``"ggn"`` of a model that FSDP or ZeRO-3 shards; also at its first pass.
         """
-        if approximation not in APPROXIMATIONS:
-            raise ValueError(f"unknown approximation {approximation!r}{nearest(approximation, APPROXIMATIONS)}")
+        for word, choices in (
+            (approximation, APPROXIMATIONS),
+            (batch_reduction, ("mean", "sum")),
+            (fisher, FISHERS),
+            (likelihood, LIKELIHOODS),
+        ):
+            if word not in choices:
+                raise ValueError(f"unknown choice {word!r}{nearest(word, choices)}")
         if positions is not None and (positions < 1 or approximation != "expand"):
             raise ValueError(f"positions={positions} needs to be positive, and approximation='expand'")
         self.layers, self.reasons = find_layers(model)
@@ -77,7 +99,13 @@ class Recorder:
             ]
         self.approximation, self.batch_reduction = approximation, batch_reduction
         self.gram_dtype, self.positions, self.phase = gram_dtype, positions, 0
-        self.recording = True
+        self.fisher, self.likelihood, self.seed = fisher, likelihood, seed
+        self._observing = False
+        if fisher != "empirical":
+            check_weights_stay(model, fisher)
+        # the innermost of those that are the model itself, below wrappers
+        self._model = [module for path, module in model.named_modules() if not module_name(path)][-1]
+        self.recording, self.examples = True, 0
         self._passes = Passes()
         self._hooks = Hooks()
         by_module: dict[nn.Module, list[Layer]] = {}
@@ -91,14 +119,29 @@ class Recorder:
             self._hooks.add(layers[0].rule.watch(module, self._recording(module, layers)))
         self._hooks.add(module.register_forward_hook(self._end, always_call=True) for module in callers)
         # what was compiled before does not look whether there are hooks now (skip_nnmodule_hook_guards): compile anew
-        torch._dynamo.reset_code_caches()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset_code_caches()
         self.clear()
 
     def clear(self) -> None:
         """Forget this step's captures: it is over, was skipped, or its gradients were zeroed."""
+        if self.fisher != "empirical" and self.examples == 0 and self._passes.has_uses():
+            warnings.warn(
+                f"fisher={self.fisher!r} saw layers but no outputs: where the model's modules are called and not the "
+                "model, call Recorder.observe_outputs(outputs) before the backward pass",
+                stacklevel=2,
+            )
         self.sums: dict[str, FactorSums] = {layer.name: FactorSums() for layer in self.layers}
         self.examples = 0
         self._passes.forget()
+
+    @property
+    def phase(self) -> int:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: int) -> None:
+        self._phase, self._draws = phase, 0
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -109,13 +152,14 @@ class Recorder:
 
         Args:
             divisor: what the loss was divided by beside its reduction: the number of accumulated micro-batches over the
-                loss scale.
+                loss scale. Of an empirical Fisher alone.
         """
+        scale = (divisor**2 if self.fisher == "empirical" else 1.0) / max(self.examples, 1)
         found: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
         for name, sums in self.sums.items():
             if sums.inputs is not None and sums.gradients is not None:
                 inputs = tuple(tensor / max(sums.positions, 1) for tensor in sums.inputs)
-                found[name] = inputs, sums.gradients * (divisor**2 / max(self.examples, 1))
+                found[name] = inputs, sums.gradients * scale
         return found
 
     def _begin(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -124,6 +168,10 @@ class Recorder:
 
     def _end(self, module: nn.Module, positional: tuple[Any, ...], output: Any) -> None:
         if self.recording:
+            # what wraps the model may have hooks of its own on what it returns
+            is_whole = module is self._model and output is not None
+            if is_whole and self.fisher != "empirical" and torch.is_grad_enabled() and not is_in_backward():
+                self.observe_outputs(output)
             self._passes.end(module)
 
     def _recording(self, module: nn.Module, layers: list[Layer]) -> Record:
@@ -132,42 +180,84 @@ class Recorder:
                 return
             used = layers if pick is None else [layer for layer in layers if layer.part.key in pick]
             current = self._passes.current() or Pass(batch=values.shape[0])  # recording began inside a pass
-            batch, values = current.batch, values.detach()
             how = Statistics(
                 approximation=self.approximation,
                 gram_dtype=self.gram_dtype,
                 positions=self.positions,
                 phase=self.phase,
             )
-            # the sums, not the input, are kept until the gradient comes: under checkpointing inputs are meant to go
-            with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-                seen = [layer.rule.input_sums(module, layer.part, values, batch, how) for layer in used]
-            shape = result.shape
-            kept = values if any(layer.rule.needs_input for layer in used) else None
-
-            def gradient_hook(gradient: Tensor) -> None:
-                if self._passes.count(current):
-                    self.examples += batch
-                # of the loss of one example: the mean has divided it by their number
-                scale = float(batch) ** 2 if self.batch_reduction == "mean" else 1.0
-                gradient = gradient.detach().reshape(shape)
-                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                    for layer, (inputs, positions) in zip(used, seen, strict=True):
-                        own = gradient if pick is None else pick[layer.part.key](gradient)
-                        total = layer.rule.gradient_sum(module, layer.part, kept, own, batch, how)
-                        self.sums[layer.name].add(inputs, positions, total.mul_(scale))
-
-            _made(result).register_hook(gradient_hook)  # type: ignore[no-untyped-call]
+            if self.fisher != "empirical" and is_in_backward():
+                raise NotImplementedError(_REENTRANT.format(self.fisher))
+            use = Use(module, values, result, used, pick, current.batch, how)
+            if self.fisher == "empirical":
+                hook = partial(self._arrived, current, use)
+                source(result).register_hook(hook)  # type: ignore[no-untyped-call]
+            else:
+                current.uses.append((get_gradient_edge(source(result)), use))
 
         return record
 
+    def _arrived(self, current: Pass, use: Use, gradient: Tensor) -> None:
+        """A gradient of the user's own backward pass."""
+        if self._passes.count(current):
+            self.examples += current.batch
+        # of the loss of one example: the mean has divided it by their number
+        scale = float(use.batch) ** 2 if self.batch_reduction == "mean" else 1.0
+        use.add([total.mul_(scale) for total in use.gradient_sums(gradient)], self.sums)
 
-def _made(result: Tensor) -> Tensor:
-    """The tensor whose history stays as it is: a view's is written anew where an activation changes it in place.
+    def observe_outputs(self, outputs: Any) -> None:
+        """Differentiate a model's outputs in place of a loss, for ``fisher="mc"`` and ``"ggn"``.
 
-    ``nn.Linear`` makes a matrix of its input's leading dimensions, and returns a view of the product.
-    """
-    base = result._base
-    if base is None or not base.requires_grad or base.numel() != result.numel():
-        return result
-    return base if base.is_contiguous() and result.is_contiguous() else result
+        Called by itself when the model that the recorder was made for returns. Where its modules are called instead,
+        the user calls this, after the last of them and before the backward pass. Only outputs of layers get gradients:
+        no weight does, and no engine that waits for those notices.
+
+        Args:
+            outputs: logits or means ``(..., classes)``, or a dict or tuple with them.
+        """
+        if self.fisher != "empirical":
+            check_weights_stay(self._model, self.fisher)  # it may have been wrapped since
+        current, output = self._passes.current(), output_tensor(outputs)
+        if self.fisher == "empirical" or not self.recording or current is None or output is None:
+            return
+        uses, current.uses = current.uses, []
+        if not uses or not output.requires_grad:
+            return
+        if not current.is_observed:
+            current.is_observed = True
+            self.examples += current.batch
+        edges = [edge for edge, _ in uses]
+        totals: list[list[Tensor] | None] = [None] * len(uses)
+        generator = torch.Generator(output.device)
+        generator.manual_seed(hash((self.seed, self._phase, self._draws)) % 2**63)
+        self._draws += 1
+        self._observing = True
+        try:
+            for seed in seeds(output, self.fisher, self.likelihood, current.batch, generator):
+                with torch.autocast(output.device.type, enabled=False):
+                    gradients = torch.autograd.grad(output, edges, seed, retain_graph=True, allow_unused=True)
+                for index, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        found, known = uses[index][1].gradient_sums(gradient), totals[index]
+                        totals[index] = found if known is None else [a + b for a, b in zip(known, found, strict=True)]
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise NotImplementedError(_REENTRANT.format(self.fisher)) from error
+            raise
+        finally:
+            self._observing = False
+        for (_, use), total in zip(uses, totals, strict=True):
+            if total is not None:
+                use.add(total, self.sums)
+        output.register_hook(partial(self._returned, current))  # type: ignore[no-untyped-call]
+
+    def _returned(self, current: Pass, gradient: Tensor) -> None:
+        """The user's backward pass, which ends the pass and is not looked at otherwise."""
+        if not self._observing:
+            self._passes.count(current)
+
+
+_REENTRANT = (
+    "fisher={0!r} cannot differentiate a model with reentrant activation checkpointing: "
+    "pass use_reentrant=False to torch.utils.checkpoint"
+)

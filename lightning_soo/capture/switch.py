@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 
@@ -22,7 +22,7 @@ class Switch:
     def __init__(self, function: Callable[..., Any] | None = None) -> None:
         self._function = function
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable, but for an import of two seconds before there is a first call
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._function(*positional, **named) if self._function is not None else None
 

@@ -143,12 +143,14 @@ def reduced(recorder: Recorder) -> dict[str, list[Tensor]]:
     return found
 
 
-def sums_of(wrap: Callable[[nn.Module], Any], dtype: torch.dtype, rank: int, ranks: int, *, before: bool) -> Any:
+def sums_of(
+    wrap: Callable[[nn.Module], Any], dtype: torch.dtype, rank: int, ranks: int, *, before: bool, fisher: str
+) -> Any:
     """Two steps, so that what an engine changes in its first pass is seen; the second one's sums, and names."""
     model = make_model(dtype)
-    recorder = Recorder(model) if before else None
+    recorder = Recorder(model, fisher=fisher) if before else None
     wrapped = wrap(model)
-    recorder = recorder or Recorder(wrapped)
+    recorder = recorder or Recorder(wrapped, fisher=fisher)
     train(wrapped, rank, ranks)
     recorder.clear()
     train(wrapped, rank, ranks)
@@ -160,15 +162,15 @@ def sums_of(wrap: Callable[[nn.Module], Any], dtype: torch.dtype, rank: int, ran
     return names, recorder.reasons, sums
 
 
-def compare(engine: str, rank: int, ranks: int) -> None:
+def compare(engine: str, fisher: str, rank: int, ranks: int) -> None:
     dtype = torch.float32 if engine.startswith("zero") else torch.float64
     model = make_model(dtype)
-    alone = Recorder(model)
+    alone = Recorder(model, fisher=fisher)
     train(model, 0, 1)
-    names, reasons, _ = sums_of(plain, dtype, 0, 1, before=False)
+    names, reasons, _ = sums_of(plain, dtype, 0, 1, before=False, fisher=fisher)
     assert len(names) == 8 and reasons == {"head": "shares its weight with tokens, a layer of another kind"}
     for before in (True, False):
-        found_names, found_reasons, found = sums_of(ENGINES[engine], dtype, rank, ranks, before=before)
+        found_names, found_reasons, found = sums_of(ENGINES[engine], dtype, rank, ranks, before=before, fisher=fisher)
         assert found_names == names and found_reasons == reasons, (engine, before, found_names, found_reasons)
         # the mean of a micro-batch is over the examples of one rank
         for name, sums in alone.sums.items():
@@ -179,13 +181,29 @@ def compare(engine: str, rank: int, ranks: int) -> None:
                 error = float((one - other).abs().max())
                 assert error <= bound, f"{engine}, recorder first: {before}, {name}: {error:.2g} > {bound:.2g}"
     if rank == 0:
-        print(f"{engine}: equal", flush=True)
+        print(f"{engine} {fisher}: equal", flush=True)
+
+
+def refuse(engine: str, rank: int, ranks: int) -> None:
+    """Engines that free weights are named, whether they have wrapped the model before or after."""
+    for before in (True, False):
+        try:
+            sums_of(ENGINES[engine], torch.float32, rank, ranks, before=before, fisher="mc")
+        except NotImplementedError as error:
+            assert "FSDP" in str(error) or "ZeRO-3" in str(error), error
+        else:
+            raise AssertionError(f"{engine}, recorder first: {before}: not refused")
+        dist.barrier()
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     for engine in sys.argv[1:]:
-        compare(engine, dist.get_rank(), dist.get_world_size())
+        name, _, fisher = engine.partition(":")
+        if fisher == "refused":
+            refuse(name, dist.get_rank(), dist.get_world_size())
+        else:
+            compare(name, fisher or "empirical", dist.get_rank(), dist.get_world_size())
     leave()
 
 
