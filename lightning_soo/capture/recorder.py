@@ -55,6 +55,7 @@ class Recorder:
         positions: int | None = None,
         fisher: str = "empirical",
         likelihood: str = "categorical",
+        outputs: str | None = None,
         seed: int = 0,
     ) -> None:
         """
@@ -71,6 +72,7 @@ class Recorder:
                 the model's outputs; ``"ggn"``: of every class, exact. Those two differentiate the outputs themselves
                 (:meth:`observe_outputs`): ``batch_reduction``, a loss scale or accumulation are nothing to them.
             likelihood: what the outputs are, ``"categorical"`` or ``"gaussian"`` (:mod:`fisher`).
+            outputs: name of the module that returns them, where that is not the model itself.
             seed: of the draws, with :attr:`phase`; another on every rank.
 
         Raises:
@@ -104,7 +106,11 @@ class Recorder:
         if fisher != "empirical":
             check_weights_stay(model, fisher)
         # the innermost of those that are the model itself, below wrappers
-        self._model = [module for path, module in model.named_modules() if not module_name(path)][-1]
+        named = [(module_name(path), module) for path, module in model.named_modules()]
+        whole = [module for name, module in named if name == (outputs or "")]
+        if not whole:
+            raise ValueError(f"outputs={outputs!r} is no module{nearest(str(outputs), [name for name, _ in named])}")
+        self._model = whole[-1]
         self.recording, self.examples = True, 0
         self._passes = Passes()
         self._hooks = Hooks()

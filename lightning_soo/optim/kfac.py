@@ -46,6 +46,9 @@ class KFAC(LayeredOptimizer):
             ``"ggn"`` the exact Gauss-Newton factors of small outputs: each with a backward pass of its own through
             activations, in the steps that update statistics.
         likelihood: of the outputs, for ``"mc"`` and ``"ggn"``: ``"categorical"`` (logits) or ``"gaussian"``.
+        outputs: name of the module that returns them (``"network"`` in a LightningModule whose ``training_step`` calls
+            ``self.network(x)``); None is the model. Or call :meth:`observe_outputs`. FSDP and ZeRO-3, which free
+            weights before the backward pass, are refused by name for these two.
         approximation: layers used at several positions: ``"expand"`` counts each position as an example, ``"reduce"``
             averages inputs and adds gradients over positions first (cheap for convolutions).
         statistics_frequency: steps between two updates of the factors. In the steps between, hooks do nothing.
@@ -99,6 +102,7 @@ class KFAC(LayeredOptimizer):
         kl_clip_decay: float = 1.0,
         fisher: str = "empirical",
         likelihood: str = "categorical",
+        outputs: str | None = None,
         approximation: str = "expand",
         statistics_frequency: int = 10,
         precondition_frequency: int | Interval | Mapping[str, Any] = 100,
@@ -132,6 +136,7 @@ class KFAC(LayeredOptimizer):
             adaptive_damping=AdaptiveDamping.parse(adaptive_damping),
             fisher=fisher,
             likelihood=likelihood,
+            outputs=outputs,
             approximation=approximation,
             statistics_frequency=statistics_frequency,
             precondition_frequency=precondition_frequency,

@@ -29,6 +29,7 @@ class KFACOptions(ShampooOptions):
     adaptive_damping: AdaptiveDamping | None = None
     fisher: str = "empirical"
     likelihood: str = "categorical"
+    outputs: str | None = None
     approximation: str = "expand"
     factor_decay: float = 0.95
     batch_reduction: str = "mean"

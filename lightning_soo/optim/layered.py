@@ -51,6 +51,9 @@ class LayeredOptimizer(LayerDirections):
             batch_reduction=options.batch_reduction,
             max_order=options.max_preconditioner_dim,
             input_shapes=dict(options.input_shapes),
+            fisher=options.fisher,
+            likelihood=options.likelihood,
+            outputs=options.outputs,
             positions=options.statistics_positions,
             gram_dtype=options.gram_dtype,
         )
@@ -96,6 +99,16 @@ class LayeredOptimizer(LayerDirections):
             raise ValueError(f"micro_batches={micro_batches}: must be at least 1")
         self._micro_batches, self._scaler = micro_batches, scaler
 
+    def observe_outputs(self, outputs: Any) -> None:
+        """Differentiate a model's outputs, for ``fisher="mc"`` and ``"ggn"``, where no module returns them.
+
+        To be called after the forward pass and before ``backward()``; it does nothing in steps without statistics.
+
+        Args:
+            outputs: logits or means, ``(examples, ..., classes)``.
+        """
+        self._watched().observe_outputs(outputs)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what layers have seen since the last step is forgotten with the gradients."""
         super().zero_grad(set_to_none)
@@ -117,7 +130,7 @@ class LayeredOptimizer(LayerDirections):
         recorder, ranks = self._watched(), self.options.statistics_ranks
         takes_part = ranks is None or self._transport.rank < ranks
         recorder.recording = takes_part and self._refresher.schedule.observes(self.steps + 1)
-        recorder.phase = self.steps + 1
+        recorder.phase, recorder.seed = self.steps + 1, self._transport.rank
 
     def _end_step(self, part: int) -> None:
         if part == self._parts - 1 or not self._moves:

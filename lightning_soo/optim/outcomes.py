@@ -59,7 +59,8 @@ class Outcome:
             elif not all(np.isfinite(array).all() for array in result.arrays):
                 error = "the worker returned NaN or Inf"
             else:
-                roots = [torch.from_numpy(array).to(dtype) for array in result.arrays]
+                # row-major memory of torch's own, as on other ranks: the last bits of products depend on both
+                roots = [torch.tensor(np.ascontiguousarray(array), dtype=dtype) for array in result.arrays]
         return cls(
             ok=roots is not None,
             roots=roots,
@@ -137,7 +138,7 @@ def pack_array(array: Tensor, layout: ArrayLayout) -> Tensor:
 
 def unpack_array(packed: Tensor, layout: ArrayLayout) -> Tensor:
     """Inverse of :func:`pack_array`."""
-    return unpack_symmetric(packed, layout.shape[0]) if layout.symmetric else packed
+    return unpack_symmetric(packed, layout.shape[0]) if layout.symmetric else packed.clone()
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:

@@ -48,15 +48,42 @@ def moved(model: nn.Module, take: Callable[[], Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["exact", "pi"])
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
-def test_golden_directions(method: str, approximation: str) -> None:
+@pytest.mark.parametrize(("fisher", "known"), [("empirical", "emp"), ("ggn", "type2")])
+def test_golden_directions(method: str, approximation: str, fisher: str, known: str) -> None:
     net, x, y = golden_net()
-    optimizer = KFAC(net, **PLAIN, damping=float(GOLDEN["lam"]), damping_method=method, approximation=approximation)
+    damping: dict[str, Any] = {"damping": float(GOLDEN["lam"]), "damping_method": method}
+    optimizer = KFAC(net, **PLAIN, **damping, approximation=approximation, fisher=fisher)
     nn.functional.cross_entropy(net(x), y).backward()
     steps = moved(net, optimizer.step)
     for layer in ("0", "2", "4"):
         found = torch.cat([steps[f"{layer}.weight"], steps[f"{layer}.bias"][:, None]], 1)
-        expected = -GOLDEN[f"precond_{method}/emp/{approximation}/{layer}"]
+        expected = -GOLDEN[f"precond_{method}/{known}/{approximation}/{layer}"]
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_deep_linear_network_has_its_dense_gauss_newton_blocks() -> None:
+    """There gradients do not depend on the example, so that the Kronecker product is exact for any number of them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, bias=False), nn.Linear(3, 2)).double()
+    x, y = torch.randn(7, 4).double(), torch.randn(7, 2).double()
+    optimizer = KFAC(net, **PLAIN, damping=0.05, fisher="ggn", likelihood="gaussian")
+    (0.5 * (net(x) - y).square().sum() / len(x)).backward()
+    gradients = {name: parameter.grad.detach().clone() for name, parameter in net.named_parameters()}
+
+    def outputs(*values: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x,))
+        return found
+
+    names = list(gradients)
+    jacobians = torch.autograd.functional.jacobian(outputs, tuple(p.detach() for p in net.parameters()))
+    steps = moved(net, optimizer.step)
+    for layer in ("0", "1", "2"):
+        own = [index for index, name in enumerate(names) if name.startswith(layer)]
+        jacobian = torch.cat([jacobians[index].flatten(2) for index in own], 2).flatten(0, 1)
+        dense = jacobian.T @ jacobian / len(x) + 0.05 * torch.eye(jacobian.shape[1]).double()
+        gradient = torch.cat([gradients[names[index]].flatten() for index in own])
+        found = torch.cat([steps[names[index]].flatten() for index in own])
+        torch.testing.assert_close(found, -torch.linalg.solve(dense, gradient), rtol=1e-9, atol=1e-12)
 
 
 def one_position() -> list[tuple[str, nn.Module, Tensor]]:

@@ -1,0 +1,167 @@
+"""One rank of three: what layers see on some ranks alone, and statistics from the model's own outputs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engines import Ddp, Engine, Fsdp2, Zero2OneGroup, deviation, reference
+from launching import leave
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_soo import KFAC
+
+
+class Branching(nn.Module):
+    """Some examples go through a branch, and on some ranks none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.branch = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.double()
+
+    def forward(self, x: Tensor, through: list[int]) -> Tensor:
+        result: Tensor = self.base(x)
+        if through:
+            result = result.index_add(0, torch.tensor(through), self.branch(x[through]))
+        return result
+
+
+def options(**changed: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"lr": 0.05, "damping": 0.03, "statistics_frequency": 1, "precondition_frequency": 2}
+    return {**settings, "start_preconditioning_step": 2, "workers": "inline", **changed}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(12, 5, dtype=torch.float64, generator=generator)
+    return x, torch.randn(12, 4, dtype=torch.float64, generator=generator)
+
+
+def a_module_does_not_run_on_one_rank(rank: int) -> None:
+    """It sends zeros, and its examples count."""
+    model = DistributedDataParallel(Branching(), find_unused_parameters=True)
+    alone = Branching()
+    optimizers = [KFAC(model, **options()), KFAC(alone, **options())]
+    optimizers[0].attach(model)
+    optimizers[1].attach(alone, "single")
+    through = [0, 2, 9, 10, 11]  # none of rank 1, whose examples are 4 to 7
+    own = slice(4 * rank, 4 * rank + 4)
+    for step in range(8):
+        x, y = batch(step)
+        here = [index - 4 * rank for index in through if index // 4 == rank]
+        nn.functional.mse_loss(model(x[own], here), y[own]).backward()
+        nn.functional.mse_loss(alone(x, through), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (mine - expected).abs().max() <= 1e-9 * expected.abs().max(), (mine, expected)
+
+
+def a_bad_number_on_one_rank(rank: int) -> None:
+    """The step is skipped by all, and nobody's factors have seen it."""
+    engine, alone = Ddp({"method": "kfac"}), Engine({"method": "kfac"})
+
+    def spoil(step: int) -> None:
+        if step == 5 and rank == 2:
+            parameter = next(p for p in engine.model.parameters() if p.grad is not None)
+            assert parameter.grad is not None
+            parameter.grad.view(-1)[0] = float("nan")
+
+    engine.train(0, 12, rank, dist.get_world_size(), before_step=spoil)
+    alone.train(0, 5, 0, 1)
+    alone.train(6, 12, 0, 1)
+    assert engine.optimizer.skipped_steps == 1
+    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
+
+
+def statistics_of_some_ranks(rank: int) -> None:
+    """Factors are those of rank 0's examples alone."""
+    model = DistributedDataParallel(Branching())
+    alone = Branching()
+    one, other = KFAC(model, **options(statistics_ranks=1)), KFAC(alone, **options())
+    one.attach(model)
+    other.attach(alone, "single")
+    x, y = batch(0)
+    own = slice(4 * rank, 4 * rank + 4)
+    nn.functional.mse_loss(model(x[own], [0]), y[own]).backward()
+    nn.functional.mse_loss(alone(x[:4], [0]), y[:4]).backward()
+    # of every rank, since nobody has taken a step yet; the second one is of rank 0 alone
+    for step in range(2):
+        one.step()
+        other.step()
+        one.zero_grad()
+        other.zero_grad()
+        if step == 0:
+            with torch.no_grad():
+                for mine, theirs in zip(alone.parameters(), model.parameters(), strict=True):
+                    mine.copy_(theirs)
+            nn.functional.mse_loss(model(x[own], [0]), y[own]).backward()
+            nn.functional.mse_loss(alone(x[:4], [0]), y[:4]).backward()
+    assert one._refresher is not None and other._refresher is not None
+    for key, block in one._refresher.blocks.items():
+        if block.statistics is not None:
+            expected = other._refresher.blocks[key].statistics
+            assert expected is not None
+            for mine, theirs in zip(block.statistics.matrices, expected.matrices, strict=True):
+                assert torch.allclose(mine, theirs, rtol=1e-9), key
+
+
+def exact_statistics_of_the_outputs(rank: int) -> None:
+    """``fisher="ggn"`` is the same on all engines that keep their weights, and refused by name on the others."""
+    settings = {"method": "kfac", "fisher": "ggn"}
+    for kind, bound in ((Ddp, 1e-9), (Zero2OneGroup, 1e-5)):
+        engine = kind(settings)
+        engine.train(0, 20, rank, dist.get_world_size())
+        error = deviation(engine.parameters(), reference(kind, settings, None))
+        assert error <= bound, (kind.name, error)
+        engine.optimizer.close()
+    try:
+        Fsdp2(settings)
+    except NotImplementedError as error:
+        assert "FSDP2 (fully_shard)" in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+
+
+def drawn_labels_differ_between_ranks(rank: int) -> None:
+    """And the run goes on, with the same parameters everywhere."""
+    engine = Ddp({"method": "kfac", "fisher": "mc"})
+    engine.train(0, 12, rank, dist.get_world_size())
+    for name, parameter in engine.parameters().items():
+        whole = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(whole, parameter)
+        assert all(torch.equal(parameter, each) for each in whole) and torch.isfinite(parameter).all(), name
+    recorder = engine.optimizer._recorder  # type: ignore[attr-defined]
+    assert recorder.seed == rank
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    for case in (
+        a_module_does_not_run_on_one_rank,
+        a_bad_number_on_one_rank,
+        statistics_of_some_ranks,
+        exact_statistics_of_the_outputs,
+        drawn_labels_differ_between_ranks,
+    ):
+        case(rank)
+        dist.barrier()
+        if rank == 0:
+            print(case.__name__, flush=True)
+    leave()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
