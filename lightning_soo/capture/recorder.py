@@ -89,6 +89,8 @@ class Recorder:
                 raise ValueError(f"unknown choice {word!r}{nearest(word, choices)}")
         if positions is not None and (positions < 1 or approximation != "expand"):
             raise ValueError(f"positions={positions} needs to be positive, and approximation='expand'")
+        if input_shapes and max_order is None:
+            raise ValueError("input_shapes needs max_order: inputs above it are seen as such a product")
         self.layers, self.reasons = find_layers(model)
         names = [layer.name for layer in self.layers]
         for name in input_shapes:

@@ -49,6 +49,8 @@ def test_shapes_that_cannot_be_are_refused() -> None:
     net = nn.Sequential(nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"'00'.*'0'"):
         Recorder(net, input_shapes={"00": (3, 4)}, max_order=4)
+    with pytest.raises(ValueError, match="max_order"):
+        Recorder(net, input_shapes={"0": (3, 4)})
     with pytest.raises(ValueError, match="did you mean 'expand'"):
         Recorder(net, approximation="expande")
     with pytest.raises(ValueError, match="expand"):
