@@ -9,8 +9,8 @@ from settings import Settings
 
 BUDGETS = (3, 4, 6, 8, 12)  # epochs; the schedule is fitted to each
 TUNING_EPOCHS = 4  # the budget at which grids are run; the other budgets take the best of it
-# of each batch size: what tuned SGD reaches in the longest budget, not at its last decimal
-TARGETS = {128: 0.91, 2048: 0.85}
+# of each batch size: what tuned SGD reaches in the longest budget, not at its last decimal; 2048 is provisional
+TARGETS = {128: 0.91, 2048: 0.75}
 LARGE = {"batch_size": 2048, "accumulate": 16}
 KFAC = {"optimizer": "kfac", "warmup": 0.1}
 # factors are running means over 1 / (1 - decay) updates, and runs are short: a few hundred steps, or a few dozen

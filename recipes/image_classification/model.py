@@ -1,9 +1,9 @@
 """ResNet-20 for small pictures (He et al. 2015, section 4.2), with or without BatchNorm.
 
-Without it the residual branches are initialised after Fixup (Zhang, Dauphin and Ma 2019, arXiv:1901.09321): the first
-convolution of each branch is scaled by the number of branches to the power -1/2, the second one and the classifier
-begin at zero. Fixup's scalar biases and multipliers are left out; convolutions have biases instead, so that every
-parameter belongs to a convolution or to the linear layer.
+Without it convolutions have biases, and the second one of each residual branch is scaled at the start by the number of
+branches to the power -1/2, so that activations neither grow nor vanish with depth (Hayou et al. 2021, Stable ResNet,
+arXiv:2010.12859). Zero there, as in Fixup, would leave the channels that a shortcut adds at zero for ever: a ReLU's
+derivative at zero is zero. Every parameter belongs to a convolution or to the linear layer.
 """
 
 from __future__ import annotations
@@ -63,18 +63,17 @@ class ResNet20(nn.Module):
 
     @torch.no_grad()
     def initialize(self, normalization: str) -> None:
-        """He et al.'s initialisation, and Fixup's where nothing normalises."""
+        """He et al.'s initialisation; where nothing normalises, by inputs, and smaller at the end of branches."""
+        mode = "fan_out" if normalization == "batch" else "fan_in"
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.classifier.bias)
         if normalization == "none":
             for block in self.blocks:
-                block.first.weight.mul_(len(self.blocks) ** -0.5)
-                nn.init.zeros_(block.second.weight)
-            nn.init.zeros_(self.classifier.weight)
+                block.second.weight.mul_(len(self.blocks) ** -0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.stem_norm(self.stem(images)))

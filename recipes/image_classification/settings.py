@@ -19,7 +19,7 @@ class Settings:
 
     optimizer: str = option("sgd", "with Nesterov's momentum if sgd", "sgd", "kfac", "adamw")
     width: int = option(8, "channels of the first stage; 16 in the paper")
-    normalization: str = option("batch", "none: Fixup's initialisation", "batch", "none")
+    normalization: str = option("batch", "none: branches begin smaller", "batch", "none")
     train_examples: int = option(20480, "a subset; 0 for all that validation leaves")
     validation_examples: int = option(2500, "of the training set, kept apart")
     batch_size: int = option(128, "of one step")

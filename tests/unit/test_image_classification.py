@@ -104,12 +104,18 @@ def test_the_network_of_the_paper(normalization):
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == 20
     assert sum(layer.weight.numel() for layer in layers) == 268_336  # the paper's 0.27 million
-    logits = network(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 10)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    logits = network(images)
+    assert logits.shape == (8, 10)
+    nn.functional.cross_entropy(logits, torch.arange(8)).backward()
+    for layer in layers:  # every output channel learns from the beginning
+        assert layer.weight.grad.flatten(1).norm(dim=1).min() > 0
     if normalization == "none":
-        assert not logits.any()  # the classifier begins at zero
         inside = {id(p) for layer in layers for p in layer.parameters()}
         assert all(id(p) in inside for p in network.parameters())
+        stem = torch.relu(network.stem(images))
+        assert 0.3 < network.blocks(stem).square().mean() / stem.square().mean() < 10
 
 
 def test_settings_are_read_back_as_written():
