@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soo import Shampoo
+from lightning_soo import KFAC, Shampoo
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
+from lightning_soo.optim.takeover import take_over
 
 OPTIONS: dict[str, Any] = {"precondition_frequency": 4, "start_preconditioning_step": 2, "refresh_delay": 2}
 
@@ -124,6 +125,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shampoo": OPTIONS,
     "soap": {"precondition_frequency": 3, "basis": "qr", "workers": "thread"},
     "sonew": {"bandwidth": 2, "start_preconditioning_step": 3},
+    "kfac": {"statistics_frequency": 2, "precondition_frequency": 3, "kl_clip": 1e-2},
 }
 
 
@@ -140,6 +142,51 @@ def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path, method: str) ->
     trainer(tmp_path, SecondOrder(method, **options), max_epochs=4).fit(second, data(), ckpt_path=path)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("precision", "accumulate"), [("32-true", 2), ("bf16-mixed", 1), ("bf16-mixed", 2)])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_kfac_sees_the_same_examples_as_in_a_loop(tmp_path: Path, precision: Any, accumulate: int, kind: str) -> None:
+    """What Lightning divides losses by is known to it; a loop says it with ``accumulate``."""
+    options: dict[str, Any] = {"statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2}
+    model = Model(kind, scheduler=False)
+    reference = copy.deepcopy(model)
+    run = trainer(tmp_path, SecondOrder("kfac", **options), precision=precision, accumulate_grad_batches=accumulate)
+    run.fit(model, data())
+    optimizer = take_over(reference.configure_optimizers(), "kfac", options, reference)
+    assert isinstance(optimizer, KFAC) and optimizer.options == run.optimizers[0].options
+    optimizer.accumulate(accumulate)
+    for _ in range(2):
+        for index, (x, y) in enumerate(data()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = nn.functional.mse_loss(reference.net(x), y)
+            (loss / accumulate).backward()
+            if (index + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_damping_evaluates_the_batch_without_traces(tmp_path: Path) -> None:
+    """Losses are compared with the Trainer's own training step; what it logs and draws counts once."""
+
+    class Logging(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("seen", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return loss
+
+    runs = {}
+    for adaptive in (None, {"interval": 2, "factor": 0.9}):
+        model = Logging("sgd", scheduler=False)
+        options = {"statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2}
+        run = trainer(tmp_path, SecondOrder("kfac", adaptive_damping=adaptive, **options))
+        run.fit(model, data())
+        runs[adaptive is None] = run.optimizers[0].damping, len(model.losses), run.callback_metrics["seen"]
+    assert runs[True][0] == 1e-2 and runs[False][0] != 1e-2
+    assert runs[True][1] == 16 and runs[False][1] > 16
+    assert runs[True][2] == runs[False][2] == 8
 
 
 def test_monitor_logs_and_several_fits(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker_strategies
-from worker_strategies import ADAMW, COMBINATIONS, EPOCHS, GLOBAL_BATCH, ROWS, SHAMPOO, Model
+from worker_strategies import ADAMW, COMBINATIONS, EPOCHS, GLOBAL_BATCH, KFAC, ROWS, SHAMPOO, Model
 
 from lightning_soo.optim.takeover import take_over
 
@@ -33,14 +33,16 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def plain_loop(
-    precision: str, clip: float | None, accumulate: int, *, shuffle: bool = True, shampoo: bool = False
+    precision: str, clip: float | None, accumulate: int, *, shuffle: bool = True, method: str | None = None
 ) -> dict[str, torch.Tensor]:
     data = worker_strategies.make_data()
     x, y = data.tensors
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    if shampoo:
-        take_over(optimizer, "shampoo", SHAMPOO, model)
+    if method is not None:
+        take_over(optimizer, method, SHAMPOO if method == "shampoo" else KFAC, model)
+    if method == "kfac":
+        optimizer.accumulate(accumulate)  # type: ignore[attr-defined]
     for epoch in range(EPOCHS):
         sampler = DistributedSampler(data, 1, 0, shuffle=shuffle)  # the Trainer's, on one rank
         sampler.set_epoch(epoch)
@@ -70,9 +72,16 @@ def test_strategies_equal_a_plain_loop(
 
 
 def test_shampoo_equals_a_plain_loop(world: tuple[str, list[Any]]) -> None:
-    expected = plain_loop("32-true", 0.1, 1, shampoo=True)
+    expected = plain_loop("32-true", 0.1, 1, method="shampoo")
     for results in world[1]:
         torch.testing.assert_close(results["shampoo"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kfac_equals_a_plain_loop(world: tuple[str, list[Any]]) -> None:
+    """Also in what its factors are: every front door says what losses were divided by."""
+    expected = plain_loop("32-true", 0.1, 2, method="kfac")
+    for results in world[1]:
+        torch.testing.assert_close(results["kfac"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:
@@ -84,7 +93,7 @@ def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:
 @pytest.mark.parametrize("run", ["32-true", "bf16-mixed", "shampoo"])
 def test_fabric_equals_a_plain_loop(world: tuple[str, list[Any]], run: str) -> None:
     precision = run if run != "shampoo" else "32-true"
-    expected = plain_loop(precision, 0.1, 1, shuffle=False, shampoo=run == "shampoo")
+    expected = plain_loop(precision, 0.1, 1, shuffle=False, method="shampoo" if run == "shampoo" else None)
     for results in world[1]:
         tolerance = {"32-true": 2e-5, "bf16-mixed": 0.05, "shampoo": 1e-4}[run]
         found = results["fabric"][run]

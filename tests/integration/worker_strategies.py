@@ -37,6 +37,7 @@ SHAMPOO: dict[str, Any] = {
     "start_preconditioning_step": 2,
     "preconditioner_eps": 1e-3,
 }
+KFAC: dict[str, Any] = {"statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2}
 # precision, clip, accumulation
 COMBINATIONS = [("32-true", None, 1), ("32-true", 0.1, 2), ("bf16-mixed", 0.1, 1)]
 
@@ -242,6 +243,8 @@ def main(engine: str, out: Path) -> None:
         results[f"{precision} {clip} {accumulate}"] = weights(trainer, model)
     shampoo = {"method": "shampoo", "options": SHAMPOO}
     results["shampoo"] = weights(*fit(out, make_strategy(engine, **shampoo), gradient_clip_val=0.1))
+    strategy = make_strategy(engine, method="kfac", options=KFAC)
+    results["kfac"] = weights(*fit(out, strategy, gradient_clip_val=0.1, accumulate_grad_batches=2))
     bare = Bare(seed=int(os.environ["RANK"]))
     results["bare"] = weights(*fit(out, make_strategy(engine, optimizer_options=ADAMW), bare))
     assert "configure_optimizers" not in bare.__dict__
