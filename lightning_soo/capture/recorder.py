@@ -231,9 +231,6 @@ class Recorder:
         uses, current.uses = current.uses, []
         if not uses or not output.requires_grad:
             return
-        if not current.is_observed:
-            current.is_observed = True
-            self.examples += current.batch
         edges = [edge for edge, _ in uses]
         totals: list[list[Tensor] | None] = [None] * len(uses)
         generator = torch.Generator(output.device)
@@ -254,15 +251,22 @@ class Recorder:
             raise
         finally:
             self._observing = False
-        for (_, use), total in zip(uses, totals, strict=True):
-            if total is not None:
-                use.add(total, self.sums)
-        output.register_hook(partial(self._returned, current))  # type: ignore[no-untyped-call]
+        # taken when the user's backward pass comes by: a pass without one leaves nothing, and gradients may be zeroed
+        # between the two (Lightning's closure does)
+        waiting = [(pair[1], total) for pair, total in zip(uses, totals, strict=True) if total is not None]
+        output.register_hook(partial(self._returned, current, waiting))  # type: ignore[no-untyped-call]
 
-    def _returned(self, current: Pass, gradient: Tensor) -> None:
+    def _returned(self, current: Pass, found: list[tuple[Use, list[Tensor]]], gradient: Tensor) -> None:
         """The user's backward pass, which ends the pass and is not looked at otherwise."""
-        if not self._observing:
-            self._passes.count(current)
+        if self._observing:
+            return
+        if not current.is_observed:
+            current.is_observed = True
+            self.examples += current.batch
+        for use, total in found:
+            use.add(total, self.sums)
+        found.clear()
+        self._passes.count(current)
 
 
 _REENTRANT = (

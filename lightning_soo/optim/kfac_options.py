@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,12 @@ class KFACOptions(ShampooOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for override in self.overrides:
+            if override.rules:
+                name = next(iter(override.rules))
+                raise ValueError(
+                    f"override {override.match!r}: {name!r} does not apply to layers; K-FAC knows 'method': 'none'"
+                )
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping}: must be above 0")
         if self.kl_clip is not None and not self.kl_clip > 0:
@@ -63,6 +70,8 @@ class KFACOptions(ShampooOptions):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
+
+    ridge: ClassVar[str] = "damping"
 
     @property
     def fallback(self) -> str | None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soo.capture.recorder import Layer, Recorder, find_layers
-from lightning_soo.optim.contributions import add_up
+from lightning_soo.optim.contributions import Contributions
 from lightning_soo.optim.layer_directions import LayerDirections
 from lightning_soo.optim.members import Member
 from lightning_soo.placement.fragments import canonical_name
 from lightning_soo.placement.layers import Layers, LayerSpec
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
+from lightning_soo.preconditioners.layer_factors import LayerFactorsBlock
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class LayeredOptimizer(LayerDirections):
         self._scaler: Any = None
         self._captured: set[str] = set()  # layers that some rank has seen in this step
         self._named: set[str] = set()  # layers of which a warning was given
+        self._under_way: list[tuple[Contributions, float]] = []  # with the decay that goes with them
 
     def remember(self, model: nn.Module) -> None:
         """Take names and layers from ``model`` and hang hooks on it: the next backward pass counts."""
@@ -85,6 +87,8 @@ class LayeredOptimizer(LayerDirections):
         return self._recorder
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
+        if self._refresher is not None:
+            self._take_contributions()  # keepers may change
         super()._install_plan(plan, layout)
         self._set_recording()
 
@@ -119,6 +123,7 @@ class LayeredOptimizer(LayerDirections):
 
     def close(self) -> None:
         """Stop background work and take the hooks off the model; ``zero_grad()`` and ``step()`` hang them on again."""
+        self._settle()
         super().close()
         if self._recorder is not None:
             self._recorder.close()
@@ -164,23 +169,42 @@ class LayeredOptimizer(LayerDirections):
     def _observe(self, part: int, members: list[Member]) -> None:
         assert self._refresher is not None
         schedule = self._refresher.schedule
+        if part == 0:
+            self._take_contributions()
         if not schedule.observes(self.steps):
             return
-        self._refresher.background.fence()
         blocks = {block.block.key: block for member in members for block in self._blocks_of(member)}
         seen = {key: block for key, block in blocks.items() if block.layer.layer in self._captured}
         decay = self.options.factor_decay ** (self.steps - schedule.observed_before(self.steps))
         for block in seen.values():
             block.count(decay=decay, weight=1.0 - decay)
-        found = add_up(
+        sent = Contributions(
             self._transport,
             seen,
             {key: self._refresher.places[key].keeper for key in seen},
             self._watched(),
             gradient_scale=self._loss_divisor() ** 2 if self.options.fisher == "empirical" else 1.0,
         )
-        for key, factors in found.items():
-            seen[key].update(factors, decay=decay, weight=1.0 - decay)
+        self._under_way.append((sent, decay))
+
+    def _refresh(self, part: int) -> None:
+        """Contributions arrive during the next forward and backward pass, unless a refresh needs them now."""
+        assert self._refresher is not None
+        if any(self._refresher.schedule.refreshes(key, self.steps) for key in self._refresher.places):
+            self._take_contributions()
+        super()._refresh(part)
+
+    def _take_contributions(self) -> None:
+        """Bring the factors kept here up to date. Local: every rank has sent its part."""
+        assert self._refresher is not None
+        if self._under_way:
+            self._refresher.background.fence()
+        for sent, decay in self._under_way:
+            for key, factors in sent.finish().items():
+                block = self._refresher.blocks[key]
+                assert isinstance(block, LayerFactorsBlock)
+                block.update(factors, decay=decay, weight=1.0 - decay)
+        self._under_way.clear()
 
     def _loss_divisor(self) -> float:
         """What the loss of a micro-batch was divided by, beside its reduction, by the loop, a scaler and an engine."""
@@ -190,14 +214,28 @@ class LayeredOptimizer(LayerDirections):
 
     def blocks_state_dict(self) -> dict[str, Any]:
         """As of every optimizer here, with the damping and what bounds the next step where an engine steps in parts."""
+        self._settle()
         return {**super().blocks_state_dict(), "damping": self._damping, "last_total": self._last_total}
 
     def _load_checked(self, saved: Mapping[str, Any]) -> None:
+        self._settle()
         super()._load_checked(saved)
         self._damping, self._last_total = saved.get("damping"), saved.get("last_total")
 
+    def consolidate(self, to: int | None = 0) -> None:
+        self._settle()
+        super().consolidate(to)
+
+    def _settle(self) -> None:
+        if self._refresher is not None:
+            self._take_contributions()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {**super().__getstate__(), "_damping": self._damping, "_last_total": self._last_total}
+
+    def _without_traffic(self, plan: Plan) -> str:
+        return "a layer's gradient is assembled at its home as a whole, whatever max_preconditioner_dim is"
 
     def diagnostics(self) -> dict[str, float]:
         """As of every optimizer here, with the damping and the factor of ``kl_clip`` in the last step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class ShampooOptions:
     compute_dtype: torch.dtype | None = None
     overrides: tuple[Override, ...] = ()
     workers: WorkerOptions = field(default_factory=WorkerOptions)
+    ridge: ClassVar[str] = "preconditioner_eps"  # what to raise where a matrix cannot be inverted
 
     @classmethod
     def parse(

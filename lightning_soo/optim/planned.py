@@ -228,6 +228,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             background=background,
             transport=transport,
             max_failures=self.options.workers.max_failures,
+            ridge=self.options.ridge,
         )
         if self._refresher is not None:
             self._refresher.hand_over(refresher)

@@ -42,6 +42,7 @@ class Refresher:
         background: Background,
         transport: Transport,
         max_failures: int,
+        ridge: str = "preconditioner_eps",
     ) -> None:
         self.blocks = blocks
         self.places = {unit.key: unit.place for unit in sorted(plan.units, key=lambda unit: unit.key)}
@@ -49,7 +50,7 @@ class Refresher:
         self.background = background
         self._transport = transport
         self.rank, self.ranks = transport.rank, transport.size
-        self._max_failures = max_failures
+        self._max_failures, self._ridge = max_failures, ridge
         self.in_flight: list[InFlight] = []
         self._gathering: Gathering | None = None
         self._late, self._said = 0, False
@@ -221,7 +222,7 @@ class Refresher:
                     f"{self.places[entry.key].refresher} (its log says why), the last one started at step "
                     f"{entry.started} (condition number {outcome.condition_number:.3g}, residual "
                     f"{outcome.residual:.3g}). "
-                    f"Raise preconditioner_eps, or exclude the parameter with "
+                    f"Raise {self._ridge}, or exclude the parameter with "
                     f"overrides=[{{'match': {entry.key.split('/')[0]!r}, 'method': 'none'}}]"
                 )
             return

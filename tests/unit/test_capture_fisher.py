@@ -56,8 +56,8 @@ def test_draws_are_those_of_the_seed_and_the_phase() -> None:
     for seed, phase in ((1, 2), (1, 2), (1, 3), (2, 2)):
         recorder = Recorder(net, fisher="mc", seed=seed)
         recorder.phase = phase
-        net(x)
-        net(x)
+        for _ in range(2):
+            net(x).sum().backward()
         found.append(recorder.factors()["4"][1])
         recorder.close()
     assert torch.equal(found[0], found[1])
@@ -125,14 +125,17 @@ def test_the_users_backward_pass_is_as_without(fisher: str) -> None:
     recorder = Recorder(net, fisher=fisher)
     output = net(x)["logits"]
     assert all(parameter.grad is None for parameter in net.parameters())
-    before = {name: factors[1].clone() for name, factors in recorder.factors().items()}
+    recorder.clear()  # gradients may be zeroed between the two passes: what has not come back yet stays
     output.sin().mean().backward()
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+    assert recorder.examples == 6
+    before = {name: factors[1].clone() for name, factors in recorder.factors().items()}
+    assert set(before) == {"first", "twice", "norm", "head"}
+    net(x)  # nobody differentiates it
     for name, gradients in before.items():
         assert torch.equal(recorder.factors()[name][1], gradients)
-    assert recorder.examples == 6
-    net(x)  # after a backward pass: another pass
+    net(x)["logits"].sum().backward()
     assert recorder.examples == 12
     recorder.clear()
     with torch.no_grad():
@@ -143,7 +146,9 @@ def test_the_users_backward_pass_is_as_without(fisher: str) -> None:
 def test_the_loss_of_an_example_is_a_mean_over_its_positions() -> None:
     net, x = Net(), inputs(5, 7)
     recorder = Recorder(net, fisher="ggn")
-    p = net(x)["logits"].detach().softmax(-1).flatten(0, 1)
+    output = net(x)["logits"]
+    output.sum().backward()
+    p = output.detach().softmax(-1).flatten(0, 1)
     hessian = torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
     torch.testing.assert_close(recorder.factors()["head"][1], hessian.sum(0) / 7 / 5)
 
@@ -172,6 +177,7 @@ def test_under_autocast_outputs_are_narrow_and_sums_are_not() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = net(inputs(6).float())["logits"]
         assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+        output.sum().backward()
         found.append(recorder.factors())
     for name, (_, gradients) in found[1].items():
         assert gradients.dtype == torch.float32
@@ -181,8 +187,9 @@ def test_under_autocast_outputs_are_narrow_and_sums_are_not() -> None:
 def test_modules_that_are_called_by_themselves_are_observed_by_hand() -> None:
     net, x = golden_net()
     whole = Recorder(net, fisher="ggn")
-    net(x)
+    net(x).sum().backward()
     expected = whole.factors()
+    assert set(expected) == {"0", "2", "4"}
     whole.close()
     recorder = Recorder(net, fisher="ggn")
     for _ in range(2):

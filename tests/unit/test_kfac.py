@@ -559,6 +559,7 @@ def test_takes_over(kind: type[torch.optim.Optimizer]) -> None:
         ({"factor_decay": 1.0}, "factor_decay=1.0"),
         ({"fisher": "monte-carlo"}, "fisher='monte-carlo'"),
         ({"approximation": "sum"}, "approximation='sum'"),
+        ({"overrides": [{"match": "x", "max_preconditioner_dim": 8}]}, "'max_preconditioner_dim' does not apply"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
