@@ -6,8 +6,12 @@ import gc
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 TESTS = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -25,6 +29,19 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def run_cases(cases: Sequence[Callable[[int], None]]) -> None:
+    """One rank: every case with this rank's number, all in one world."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for case in cases:
+        case(dist.get_rank())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(case.__name__, flush=True)
+    leave()
 
 
 def torchrun(program: str | Path, ranks: int, *arguments: object, timeout: float = 240.0) -> None:

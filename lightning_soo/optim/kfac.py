@@ -12,7 +12,7 @@ from lightning_soo.naming import suggest_names
 from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.layered import LayeredOptimizer
-from lightning_soo.optim.options import parse_dtype
+from lightning_soo.optim.options import parameter_group, parse_dtype
 from lightning_soo.optim.shampoo import Params
 from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
@@ -159,14 +159,5 @@ class KFAC(LayeredOptimizer):
             overrides=overrides,
             workers=workers,
         )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-        }
+        defaults = parameter_group(lr, betas, eps, weight_decay, decoupled_weight_decay, momentum, dampening, nesterov)
         super().__init__(params, defaults, options)

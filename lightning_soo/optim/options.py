@@ -171,15 +171,29 @@ def adam_group(
     lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, decoupled_weight_decay: bool
 ) -> dict[str, Any]:
     """A parameter group of an optimizer whose direction has the step size of Adam, and no momentum after it."""
+    return parameter_group(lr, betas, eps, weight_decay, decoupled_weight_decay, 0.0, 0.0, False)
+
+
+def parameter_group(
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+) -> dict[str, Any]:
+    """The settings of a parameter group, as every optimizer here has them."""
     return {
         "lr": lr,
         "betas": tuple(betas),
         "eps": eps,
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
-        "momentum": 0.0,
-        "dampening": 0.0,
-        "nesterov": False,
+        "momentum": momentum,
+        "dampening": dampening,
+        "nesterov": nesterov,
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.options import ShampooOptions
+from lightning_soo.optim.options import ShampooOptions, parameter_group
 from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
 
@@ -136,14 +136,5 @@ class Shampoo(SecondOrderOptimizer):
             overrides=overrides,
             workers=workers,
         )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-        }
+        defaults = parameter_group(lr, betas, eps, weight_decay, decoupled_weight_decay, momentum, dampening, nesterov)
         super().__init__(params, defaults, options)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from engines import Engine, Fsdp1Flat, Fsdp2, deviation, make_optimizer
-from launching import leave
+from launching import run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -210,29 +207,17 @@ def what_is_not_supported_is_named(rank: int) -> None:
     assert isinstance(error, TypeError) and "flat tensor of 16 elements" in str(error), error
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    for case in (
-        an_adapter_fails_on_one_rank,
-        a_plan_differs_on_one_rank,
-        a_piece_is_missing,
-        a_gradient_is_missing_on_one_rank,
-        a_gradient_is_not_finite_on_one_rank,
-        more_ranks_than_units,
-        rank_deficient_statistics,
-        well_blocked_is_without_traffic,
-        what_is_not_supported_is_named,
-    ):
-        case(rank)
-        dist.barrier()
-        if rank == 0:
-            print(case.__name__, flush=True)
-    leave()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    run_cases(
+        [
+            an_adapter_fails_on_one_rank,
+            a_plan_differs_on_one_rank,
+            a_piece_is_missing,
+            a_gradient_is_missing_on_one_rank,
+            a_gradient_is_not_finite_on_one_rank,
+            more_ranks_than_units,
+            rank_deficient_statistics,
+            well_blocked_is_without_traffic,
+            what_is_not_supported_is_named,
+        ]
+    )

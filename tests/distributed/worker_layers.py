@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from engines import Ddp, Engine, Fsdp2, Zero2OneGroup, deviation, reference
-from launching import leave
+from launching import run_cases
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -143,25 +140,13 @@ def drawn_labels_differ_between_ranks(rank: int) -> None:
     assert recorder.seed == rank
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    for case in (
-        a_module_does_not_run_on_one_rank,
-        a_bad_number_on_one_rank,
-        statistics_of_some_ranks,
-        exact_statistics_of_the_outputs,
-        drawn_labels_differ_between_ranks,
-    ):
-        case(rank)
-        dist.barrier()
-        if rank == 0:
-            print(case.__name__, flush=True)
-    leave()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    run_cases(
+        [
+            a_module_does_not_run_on_one_rank,
+            a_bad_number_on_one_rank,
+            statistics_of_some_ranks,
+            exact_statistics_of_the_outputs,
+            drawn_labels_differ_between_ranks,
+        ]
+    )
