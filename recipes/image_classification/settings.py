@@ -29,7 +29,7 @@ class Settings:
     schedule: str = option("linear", "after the warm-up, to zero", "linear", "cosine")
     warmup: float = option(0.1, "part of all steps")
     momentum: float = option(0.9, "of sgd and kfac")
-    weight_decay: float = option(5e-4, "of all parameters")
+    weight_decay: float = option(5e-4, "of all parameters; of kfac and adamw decoupled: times lr at each step")
     label_smoothing: float = option(0.0, "of the training loss")
     damping: float = option(1e-3, "of kfac")
     damping_method: str = option("exact", "of kfac", "exact", "pi")
@@ -37,6 +37,8 @@ class Settings:
     statistics_frequency: int = option(10, "of kfac: steps between two updates of the factors")
     precondition_frequency: int = option(100, "of kfac: steps between two inversions")
     factor_decay: float = option(0.95, "of kfac")
+    start_preconditioning_step: int = option(0, "of kfac: step of the first inversion; 0 for the interval")
+    statistics_positions: int = option(0, "of kfac: of a convolution's output in each example; 0 for all")
     approximation: str = option("expand", "of kfac, where weights are shared", "expand", "reduce")
     seed: int = option(0, "of the initialisation, the order of examples and the augmentation")
 

@@ -34,7 +34,9 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
 
     names = ("momentum", "damping", "damping_method", "statistics_frequency", "precondition_frequency")
     common |= {name: getattr(settings, name) for name in (*names, "factor_decay", "approximation")}
-    optimizer = KFAC(network, kl_clip=settings.kl_clip or None, **common)
+    optional = ("kl_clip", "start_preconditioning_step", "statistics_positions")
+    common |= {name: getattr(settings, name) or None for name in optional}
+    optimizer = KFAC(network, **common)
     optimizer.accumulate(settings.accumulate)  # Lightning divides the loss of each part by their number
     return optimizer
 
