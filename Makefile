@@ -20,7 +20,7 @@ $(VENV)/.recipes: $(VENV)/.core
 
 $(VENV)/.dev: $(VENV)/.recipes
 	@echo "== installing the test tools"
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -e ".[dev,deepspeed]"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -e ".[dev,deepspeed,transformers]"
 	@touch $@
 
 demo: $(VENV)/.recipes

@@ -86,27 +86,30 @@ def test_a_deep_linear_network_has_its_dense_gauss_newton_blocks() -> None:
         torch.testing.assert_close(found, -torch.linalg.solve(dense, gradient), rtol=1e-9, atol=1e-12)
 
 
-def one_position() -> list[tuple[str, nn.Module, Tensor]]:
-    """Layers that see one position of one example, where the empirical Fisher matrix has the gradient alone."""
-    from transformers.pytorch_utils import Conv1D
+def transposed_linear() -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 4)
 
-    token = torch.tensor([[3]])
-    return [
-        ("linear", nn.Linear(4, 3), torch.randn(1, 4)),
-        ("linear without bias", nn.Linear(4, 3, bias=False), torch.randn(1, 4)),
-        ("transposed linear", Conv1D(3, 4), torch.randn(1, 4)),
-        ("conv1d", nn.Conv1d(2, 3, 4), torch.randn(1, 2, 4)),
-        ("conv2d", nn.Conv2d(2, 3, (2, 3)), torch.randn(1, 2, 2, 3)),
-        ("conv2d groups", nn.Conv2d(4, 6, 2, groups=2), torch.randn(1, 4, 2, 2)),
-        ("conv2d channels_last", nn.Conv2d(4, 6, 2).to(memory_format=torch.channels_last), torch.randn(1, 4, 2, 2)),
-        ("conv3d", nn.Conv3d(2, 3, 2, dilation=2), torch.randn(1, 2, 3, 3, 3)),
-        ("embedding", nn.Embedding(5, 3), token),
-        ("layer norm", nn.LayerNorm(4), torch.randn(1, 4)),
-        ("rms norm", nn.RMSNorm(4), torch.randn(1, 4)),
-        ("group norm", nn.GroupNorm(2, 4), torch.randn(1, 4, 3)),
-        ("attention", Attention(), torch.randn(1, 1, 4)),
-        ("attention, separate", Attention(kdim=3, vdim=2), torch.randn(1, 1, 4)),
-    ]
+
+# layers that see one position of one example, where the empirical Fisher matrix has the gradient alone
+ONE_POSITION: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(4, 3), lambda: torch.randn(1, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 3, bias=False), lambda: torch.randn(1, 4)),
+    "transposed linear": (lambda: transposed_linear(), lambda: torch.randn(1, 4)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 4), lambda: torch.randn(1, 2, 4)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, (2, 3)), lambda: torch.randn(1, 2, 2, 3)),
+    "conv2d groups": (lambda: nn.Conv2d(4, 6, 2, groups=2), lambda: torch.randn(1, 4, 2, 2)),
+    "conv2d channels_last": (
+        lambda: nn.Conv2d(4, 6, 2).to(memory_format=torch.channels_last),
+        lambda: torch.randn(1, 4, 2, 2),
+    ),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2), lambda: torch.randn(1, 2, 3, 3, 3)),
+    "embedding": (lambda: nn.Embedding(5, 3), lambda: torch.tensor([[3]])),
+    "layer norm": (lambda: nn.LayerNorm(4), lambda: torch.randn(1, 4)),
+    "rms norm": (lambda: nn.RMSNorm(4), lambda: torch.randn(1, 4)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), lambda: torch.randn(1, 4, 3)),
+    "attention": (lambda: Attention(), lambda: torch.randn(1, 1, 4)),
+    "attention, separate": (lambda: Attention(kdim=3, vdim=2), lambda: torch.randn(1, 1, 4)),
+}
 
 
 class Attention(nn.Module):
@@ -143,11 +146,11 @@ def parts_of(module: nn.Module) -> list[list[tuple[str, tuple[slice, ...]]]]:
 
 
 @pytest.mark.parametrize("method", ["exact", "pi"])
-@pytest.mark.parametrize("name", [name for name, _, _ in one_position()])
+@pytest.mark.parametrize("name", ONE_POSITION)
 def test_every_layer_inverts_the_dense_fisher_of_one_example(name: str, method: str) -> None:
     torch.manual_seed(0)
-    module, x = next((module, x) for known, module, x in one_position() if known == name)
-    module.double()
+    make, inputs = ONE_POSITION[name]
+    module, x = make().double(), inputs()
     x = x.double() if x.is_floating_point() else x
     damping = 0.3
     optimizer = KFAC(module, **PLAIN, damping=damping, damping_method=method)
