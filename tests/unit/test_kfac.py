@@ -568,3 +568,60 @@ def test_takes_over(kind: type[torch.optim.Optimizer]) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KFAC(nn.Linear(2, 2), **options)
+
+
+@pytest.mark.parametrize("damping_method", ["exact", "pi"])
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_inverses_from_workers_have_the_same_bits(workers: str, damping_method: str) -> None:
+    """At a fixed staleness, whoever computes them."""
+
+    def run(kind: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = KFAC(
+            net,
+            lr=0.05,
+            damping=1e-2,
+            damping_method=damping_method,
+            statistics_frequency=1,
+            precondition_frequency=4,
+            start_preconditioning_step=2,
+            refresh_delay=3,
+            workers=kind,
+        )
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(14):
+            x = torch.randn(6, 1, 6, 6, generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), torch.arange(6) % 3).backward()
+            optimizer.step()
+        staleness = optimizer.diagnostics()["staleness"]
+        optimizer.close()
+        return [torch.tensor(staleness), *(parameter.detach() for parameter in net.parameters())]
+
+    for found, expected in zip(run(workers), run("inline"), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_gradient_scaler_changes_nothing_and_an_overflow_leaves_no_trace() -> None:
+    def run(scaled: bool) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(0)
+        net = Net().double()
+        optimizer = KFAC(net, lr=0.05, damping=1e-2, statistics_frequency=1, precondition_frequency=2, workers="inline")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+        optimizer.accumulate(1, scaler)
+        x = torch.randn(9, 4, 1, 6, 6, dtype=torch.float64)
+        for step, batch in enumerate(x):
+            if step == 4 and not scaled:
+                continue
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(batch), torch.arange(4) % 3)
+            scaler.scale(loss * (float("inf") if step == 4 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert not scaled or scaler.get_scale() == 2.0**11
+        return [parameter.detach() for parameter in net.parameters()], factors_of(optimizer)
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
