@@ -90,11 +90,11 @@ def test_a_module_without_an_optimizer(world: tuple[str, list[Any]]) -> None:
         torch.testing.assert_close(results["bare"], expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("run", ["32-true", "bf16-mixed", "shampoo"])
+@pytest.mark.parametrize("run", ["32-true", "bf16-mixed", "shampoo", "kfac"])
 def test_fabric_equals_a_plain_loop(world: tuple[str, list[Any]], run: str) -> None:
-    precision = run if run != "shampoo" else "32-true"
-    expected = plain_loop(precision, 0.1, 1, shuffle=False, method="shampoo" if run == "shampoo" else None)
+    method = run if run in ("shampoo", "kfac") else None
+    expected = plain_loop("32-true" if method else run, 0.1, 1, shuffle=False, method=method)
     for results in world[1]:
-        tolerance = {"32-true": 2e-5, "bf16-mixed": 0.05, "shampoo": 1e-4}[run]
+        tolerance = {"32-true": 2e-5, "bf16-mixed": 0.05}.get(run, 1e-4)
         found = results["fabric"][run]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance, check_dtype=False)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
-from lightning_soo import Shampoo
+from lightning_soo import KFAC, Shampoo
 from lightning_soo.strategies.fabric import (
     FabricSecondOrderDDPStrategy,
     FabricSecondOrderDeepSpeedStrategy,
@@ -101,12 +101,13 @@ def main(worker: Any, engine: str, out: Path) -> dict[str, Any]:
         train(worker, make_strategy(engine, **kind), range(1), save=path)
         resumed = train(worker, make_strategy(engine, **kind), range(1), load=path)
         torch.testing.assert_close(resumed, results["32-true"], rtol=1e-5, atol=1e-6)
-    shampoo = {"method": "shampoo", "options": worker.SHAMPOO}
-    results["shampoo"] = train(worker, make_strategy(engine, **shampoo), range(2))
-    train(worker, make_strategy(engine, **shampoo), range(1), save=out / "shampoo")
-    strategy = make_strategy(engine, **shampoo)
-    resumed = train(worker, strategy, range(1), load=out / "shampoo")
-    assert [type(one) for one in strategy.second_order_optimizers] == [Shampoo]
-    torch.testing.assert_close(resumed, results["shampoo"], rtol=1e-5, atol=1e-6)
+    for method, options, kind in (("shampoo", worker.SHAMPOO, Shampoo), ("kfac", worker.KFAC, KFAC)):
+        given = {"method": method, "options": options}
+        results[method] = train(worker, make_strategy(engine, **given), range(2))
+        train(worker, make_strategy(engine, **given), range(1), save=out / method)
+        strategy = make_strategy(engine, **given)
+        resumed = train(worker, strategy, range(1), load=out / method)
+        assert [type(one) for one in strategy.second_order_optimizers] == [kind]
+        torch.testing.assert_close(resumed, results[method], rtol=1e-5, atol=1e-6)
     dist.barrier()
     return results
