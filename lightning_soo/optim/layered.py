@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class LayeredOptimizer(LayerDirections):
     def _reset_runtime(self) -> None:
         super()._reset_runtime()
         self._recorder: Recorder | None = None
+        self._release: Any = None  # takes its hooks off the model, once
         self._micro_batches = 1
         self._scaler: Any = None
         self._captured: set[str] = set()  # layers that some rank has seen in this step
@@ -44,8 +46,7 @@ class LayeredOptimizer(LayerDirections):
         self._watch(model)
 
     def _watch(self, model: nn.Module) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
+        self._unwatch()
         options = self.options
         self._recorder = Recorder(
             model,
@@ -59,6 +60,12 @@ class LayeredOptimizer(LayerDirections):
             positions=options.statistics_positions,
             gram_dtype=options.gram_dtype,
         )
+        self._release = weakref.finalize(self, self._recorder.close)  # the hooks of a dropped optimizer go with it
+
+    def _unwatch(self) -> None:
+        if self._release is not None:
+            self._release()
+        self._recorder = self._release = None
 
     def _read_layout(self) -> Layout:
         model = self._model() if self._model is not None else None
@@ -125,9 +132,7 @@ class LayeredOptimizer(LayerDirections):
         """Stop background work and take the hooks off the model; ``zero_grad()`` and ``step()`` hang them on again."""
         self._settle()
         super().close()
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        self._unwatch()
 
     def _set_recording(self) -> None:
         """Whether the next step's passes are looked at: in the others a hook is a function call."""
@@ -155,15 +160,19 @@ class LayeredOptimizer(LayerDirections):
 
     def _take_marks(self, marks: Sequence[float]) -> None:
         layers = self._watched().layers
-        self._captured = {layer.name for layer, mark in zip(layers, marks, strict=False) if mark == 1.0}
+        known = {layer.name: mark for layer, mark in zip(layers, marks, strict=False)}
+        self._captured = {name for name, mark in known.items() if mark == 1.0}
         for member in self._members if marks else ():
             for name in {block.layer.layer for block in self._blocks_of(member)} - self._captured - self._named:
                 if member.magnitude > 0:
                     self._named.add(name)
                     logger.warning(
-                        "layer %r has a gradient, but no pass through it was seen: its preconditioner stands still. "
-                        "Attach the optimizer before the first forward pass, and call the module itself",
+                        "layer %r has a gradient, but %s: its preconditioner stands still (said once)",
                         name,
+                        "its factors are not finite (inputs or scaled gradients too large for their squares)"
+                        if known[name] > 1.0
+                        else "no pass through it was seen. Attach the optimizer before the first forward pass, and "
+                        "call the module itself",
                     )
 
     def _observe(self, part: int, members: list[Member]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import io
 import pickle
@@ -439,6 +440,32 @@ def test_a_layer_that_is_not_seen_is_named(caplog: pytest.LogCaptureFixture) -> 
         steps = moved(net, optimizer.step)
     assert "layer '1' has a gradient, but no pass through it was seen" in caplog.text
     assert all(step.any() for step in steps.values())  # SGD moves it
+
+
+def test_factors_that_overflow_stand_still_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = KFAC(net, **{**PLAIN, "lr": 1e-3})
+    net(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    before = [factor.clone() for factor in factors_of(optimizer)]
+    optimizer.zero_grad()
+    (net[1](net[0](torch.randn(4, 3)).detach()).sum() * 1e25).backward()  # finite, but its square is not
+    with caplog.at_level("WARNING"):
+        optimizer.step()
+    assert "layer '1' has a gradient, but its factors are not finite" in caplog.text
+    assert all(map(torch.equal, before, factors_of(optimizer))) and optimizer.steps == 2
+
+
+def test_hooks_of_a_dropped_optimizer_go_with_it() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = KFAC(net, **PLAIN)
+    recorder = optimizer._recorder
+    assert recorder is not None
+    del optimizer
+    gc.collect()
+    net(torch.randn(4, 3)).sum().backward()
+    assert recorder.examples == 0 and not net._forward_hooks
 
 
 def test_without_a_model_the_error_says_what_to_do() -> None:
