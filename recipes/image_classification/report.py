@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from compare import HERE, Run, read_runs
-from contenders import CONTENDERS, TARGETS, Contender
+from contenders import CONTENDERS, LADDERS, TARGETS, Contender
 from matplotlib.figure import Figure
 
 
@@ -83,6 +83,24 @@ def first_table(groups: dict[str, list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
+def ladder_tables(groups: dict[str, list[Cell]]) -> list[str]:
+    """The fewest epochs of all runs to each of several accuracies: one threshold alone says little."""
+    lines: list[str] = []
+    for size, ladder in LADDERS.items():
+        lines += [
+            f"## Fewest epochs to an accuracy, batch {size}",
+            "",
+            "| | " + " | ".join(f"{accuracy:.1%}" for accuracy in ladder) + " |",
+            "|---" * (len(ladder) + 1) + "|",
+        ]
+        for name, some in groups.items():
+            if some[0].runs[0].settings.batch_size == size:
+                found = [soonest(some, accuracy) for accuracy in ladder]
+                lines.append(f"| {name} | " + " | ".join("-" if f is None else f"{f[2]:.2f}" for f in found) + " |")
+        lines.append("")
+    return lines
+
+
 def budget_table(groups: dict[str, list[Cell]]) -> list[str]:
     lines = [
         "## Every run",
@@ -138,7 +156,8 @@ def main() -> None:
         "",
     ]
     lines = [*head, *first_table(groups), "![validation accuracy](comparison.png)", ""]
-    (HERE / "README.md").write_text("\n".join([*lines, *budget_table(groups)]).rstrip() + "\n")
+    lines += [*ladder_tables(groups), *budget_table(groups)]
+    (HERE / "README.md").write_text("\n".join(lines).rstrip() + "\n")
     picture(groups)
     print("\n".join(first_table(groups)))
 
