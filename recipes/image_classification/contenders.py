@@ -50,7 +50,7 @@ PLAIN_128 = Settings(
     start_preconditioning_step=5,
     statistics_positions=64,
 )
-PLAIN_2048 = replace(KFAC_2048, normalization="none", kl_clip=3e-3)
+PLAIN_2048 = replace(KFAC_2048, normalization="none", kl_clip=5e-4)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,17 @@ class Contender:
 def kfac(base: Settings, lrs: Sequence[float]) -> Contender:
     return Contender(base, lrs, second="damping", values=(base.damping / 3, base.damping * 3))
 
+
+# for train.py: the best of what was run
+TUNED = (
+    Settings(lr=0.2, epochs=6),
+    Settings(lr=0.1, epochs=8, warmup=0.3, **LARGE),  # type: ignore[arg-type]
+    replace(KFAC_128, lr=1e-3, epochs=4),
+    replace(KFAC_2048, lr=1e-2, epochs=4),
+    replace(PLAIN_128, lr=3e-3, epochs=4),
+    replace(PLAIN_2048, lr=1e-2, epochs=4),
+    Settings(optimizer="adamw", lr=2e-3, weight_decay=0.05, epochs=6),  # a usual choice, not tuned
+)
 
 CONTENDERS = {
     "SGD, BatchNorm, 128": Contender(Settings(), (0.05, 0.1, 0.2, 0.4)),

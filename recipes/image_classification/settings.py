@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 KINDS = {"str": str, "int": int, "float": float}
@@ -59,11 +60,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{f.name.replace('_', '-')}",
             type=KINDS[str(f.type)],
-            default=f.default,
             choices=f.metadata["choices"],
-            help=f"{f.metadata['help']} (default: {f.default})",
+            help=f"{f.metadata['help']} (default: {f.default}, or what was tuned for the optimizer and batch)",
         )
 
 
-def chosen(arguments: argparse.Namespace) -> Settings:
-    return Settings(**{f.name: getattr(arguments, f.name) for f in fields(Settings)})
+def chosen(arguments: argparse.Namespace, tuned: Sequence[Settings]) -> Settings:
+    """What was given, and for the rest what was tuned for the optimizer, at the same normalization and batch if it was.
+
+    Args:
+        tuned: of those alike the first counts.
+    """
+    given = {f.name: getattr(arguments, f.name) for f in fields(Settings) if getattr(arguments, f.name) is not None}
+    own = [one for one in tuned if one.optimizer == given.get("optimizer", "sgd")]
+    base = max(own, key=lambda one: sum(getattr(one, k) == given.get(k) for k in ("normalization", "batch_size")))
+    return replace(base, **given)

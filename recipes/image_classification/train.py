@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from contenders import TUNED
 from data import Augmented, Pictures, read, split, test_loader, train_loader
 from model import ResNet20
 from settings import Settings, add_options, chosen
@@ -184,7 +185,8 @@ def main() -> None:
         parser.error("--stop-at-target needs --target-accuracy")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    settings = chosen(arguments)
+    settings = chosen(arguments, TUNED)
+    print(settings)
     sets = read(arguments.data_dir, arguments.image_size)
     rows, accuracy = fit(settings, sets, arguments.target_accuracy if arguments.stop_at_target else None)
     path = arguments.output or Path(__file__).parent / "results" / f"{settings.optimizer}.csv"
