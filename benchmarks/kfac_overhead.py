@@ -2,7 +2,7 @@
 
 python benchmarks/kfac_overhead.py [--repeats 5] [--tasks resnet autoencoder] [--threads 1] [--output FILE]
 
-Contenders take turns, one interval of inverses each; ratios are taken within a turn. A step is forward, backward and
+Contenders take turns of whole intervals of inverses (of half a one where that is 100 steps); ratios are taken within a turn. A step is forward, backward and
 optimizer; statistics and inverses are counted wherever they fall.
 """
 
@@ -32,17 +32,14 @@ TASKS: dict[str, Callable[[], Task]] = {
 INTERVALS = ((1, 10), (10, 100))
 TARGETS = {("resnet", 1): 3.5, ("resnet", 10): 1.3, ("autoencoder", 1): 2.0, ("autoencoder", 10): 1.5}
 EXISTING = {("resnet", 1): 7.7, ("resnet", 10): 1.8, ("autoencoder", 1): 3.2, ("autoencoder", 10): 2.2}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "as it comes": {},
-    'damping_method="pi"': {"damping_method": "pi"},
-    'pi, approximation="reduce"': {"damping_method": "pi", "approximation": "reduce"},
-    "pi, 64 positions": {"damping_method": "pi", "statistics_positions": 64},
-    "pi, 64 positions, bfloat16 products": {
-        "damping_method": "pi",
-        "statistics_positions": 64,
-        "gram_dtype": "bfloat16",
-        "compute_dtype": "bfloat16",
+CHEAP = {"damping_method": "pi", "gram_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "resnet": {
+        "defaults": {},
+        "pi, 64 positions": {"damping_method": "pi", "statistics_positions": 64},
+        "pi, 64 positions, bfloat16 products": {**CHEAP, "statistics_positions": 64},
     },
+    "autoencoder": {"pi": {"damping_method": "pi"}, "pi, bfloat16 products": CHEAP},
 }
 
 
@@ -54,14 +51,14 @@ class Contender:
     make: Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def contenders() -> list[Contender]:
+def contenders(task: str) -> list[Contender]:
     found = [Contender(name="SGD", make=lambda net: torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9))]
     for every, inverses in INTERVALS:
-        for name, settings in SETTINGS.items():
+        for name, settings in SETTINGS[task].items():
 
             def make(net: nn.Module, settings: Any = settings, every: int = every, inverses: int = inverses) -> KFAC:
                 options = {"statistics_frequency": every, "precondition_frequency": inverses, **settings}
-                return KFAC(net, lr=1e-4, start_preconditioning_step=inverses, **options)
+                return KFAC(net, lr=1e-4, start_preconditioning_step=10, **options)
 
             found.append(Contender(name=name, statistics=every, inverses=inverses, make=make))
     return found
@@ -88,10 +85,11 @@ class Runner:
 
 
 def measure(key: str, task: Task, repeats: int, only: set[int]) -> list[str]:
-    runners = [Runner(task, one) for one in contenders() if one.statistics in only | {0}]
+    runners = [Runner(task, one) for one in contenders(key) if one.statistics in only | {0}]
     for runner in runners:
-        runner.turn(2 * (runner.contender.inverses or 10) + 1, keep=False)
-    cycles = [runner.contender.inverses or 20 for runner in runners]
+        runner.turn(21 if runner.contender.inverses else 5, keep=False)
+    # inverses are spread evenly over their interval, so half of a long one has half of them
+    cycles = [min(runner.contender.inverses or 10, 50) for runner in runners]
     for turn in range(repeats):
         for runner, cycle in zip(runners, cycles, strict=True):
             if sys.stderr.isatty():
@@ -120,7 +118,7 @@ def measure(key: str, task: Task, repeats: int, only: set[int]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--statistics", nargs="+", type=int, default=[every for every, _ in INTERVALS])
     parser.add_argument("--threads", type=int, default=1, help="of torch; inverses are computed on other cores")
@@ -133,7 +131,7 @@ def main() -> None:
         f"{machine()}.",
         f"Products: float32 {gemm_rate(torch.float32) / 1e9:.0f} Gflop/s, bfloat16 "
         f"{gemm_rate(torch.bfloat16) / 1e9:.0f} Gflop/s.",
-        f"Median [smallest, largest] of {arguments.repeats} turns of one interval of inverses.",
+        f"Median [smallest, largest] of {arguments.repeats} turns.",
         "",
     ]
     for name in arguments.tasks:
