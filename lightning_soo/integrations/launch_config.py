@@ -41,6 +41,8 @@ def _problems(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     engine = str(config.get("distributed_type"))
     if "distributed_type" not in config:
         yield f"distributed_type is missing: choose one of {', '.join(ENGINES)}"
+    elif config["distributed_type"] is False:
+        yield "distributed_type: NO is the word false to YAML: write 'NO' in quotes"
     elif engine not in ENGINES:
         yield f"distributed_type={engine!r} is not supported{nearest(engine, ENGINES)}"
     yield from _process_problems(config, engine)

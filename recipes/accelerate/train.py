@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for accelerator.save_state after the last step")
     arguments = parser.parse_args()
 
-    accelerator = Accelerator(
-        gradient_accumulation_steps=arguments.accumulate, step_scheduler_with_optimizer=False, cpu=not has_device()
-    )
+    accelerator = Accelerator(gradient_accumulation_steps=arguments.accumulate, step_scheduler_with_optimizer=False)
     parts = accelerator.num_processes * arguments.accumulate
     if GLOBAL_BATCH % parts:
         parser.error(f"processes times --accumulate, {parts}, must divide the global batch of {GLOBAL_BATCH}")
@@ -66,10 +64,6 @@ def main() -> None:
 
 def loss_of(model: nn.Module, codes: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(codes[:, :-1]).flatten(0, 1), codes[:, 1:].flatten())
-
-
-def has_device() -> bool:
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "kfac": {"method": "kfac", "statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2},
 }
-SMALL = ["--fsdp_min_num_params", "30"]
+SMALL = ["--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "30"]
 CLIPPED = ["--gradient_clipping", str(CLIP)]  # DeepSpeed's own business
 ENGINES = {
     "ddp": [],
@@ -212,6 +212,7 @@ def test_one_process(tmp_path: Path, program: str, config: str | None, words: st
 @pytest.mark.parametrize(
     ("engine", "environment", "words"),
     [
+        ("fsdp1", {}, "no prepared model holds the parameters of Shampoo"),
         ("ddp", {"ACCELERATE_TORCH_DEVICE": ""}, "2 processes were started (WORLD_SIZE), but Accelerate knows of 1"),
         (
             "fsdp2",
@@ -221,13 +222,32 @@ def test_one_process(tmp_path: Path, program: str, config: str | None, words: st
     ],
 )
 def test_launches_that_accelerate_changes(tmp_path: Path, engine: str, environment: dict[str, str], words: str) -> None:
-    """Accelerate finds no GPU, and trains apart or unsharded without a word."""
-    if torch.cuda.is_available():
+    """Without a word: an optimizer of nothing, and, where there is no GPU, processes apart and no sharding."""
+    if environment and torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     (tmp_path / "user.py").write_text(PREPARED)
     program = ["-m", "lightning_soo.launch", tmp_path / "user.py"]
-    run = launch(RECIPES / f"{engine}_cpu.yaml", *program, SOO_CONFIG=GOOD, **environment)
+    options = ["--fsdp_use_orig_params", "false", *SMALL] if engine == "fsdp1" else []
+    run = launch(RECIPES / f"{engine}_cpu.yaml", *program, options=options, SOO_CONFIG=GOOD, **environment)
     assert run.returncode != 0 and words in run.stderr, run.stderr[-3000:]
+
+
+def test_the_recipe(tmp_path: Path) -> None:
+    """Sharded it ends where one process does, and not where AdamW does."""
+
+    def validation_loss(*command: object, **environment: str) -> float:
+        run = launch(*command, **environment)  # type: ignore[arg-type]
+        assert run.returncode == 0, run.stderr[-3000:]
+        (line,) = [line for line in run.stdout.splitlines() if line.startswith("validation loss")]
+        return float(line.split()[2])
+
+    train = [RECIPES / "train.py", "--steps", 20]
+    ours = ["-m", "lightning_soo.launch", *train]
+    one, config = [RECIPES / "one_gpu.yaml", "--mixed_precision", "no"], str(RECIPES / "soo.yaml")
+    alone = validation_loss(*one, *ours, SOO_CONFIG=config)
+    sharded = validation_loss(RECIPES / "fsdp2_cpu.yaml", *ours, SOO_CONFIG=config)
+    first_order = validation_loss(*one, *train)
+    assert abs(alone - sharded) < 1e-3 < first_order - alone
 
 
 def test_a_scaled_step_is_ours() -> None:

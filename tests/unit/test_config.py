@@ -148,6 +148,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ({"distributed_type": "MULTI_GPU", "num_processes": 0}, "num_processes=0"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 4, "num_machines": 2}, "main_process_ip"),
         ({"distributed_type": "MEGATRON_LM"}, "not supported"),
+        ({"distributed_type": False}, "in quotes"),
         ({"mixed_precision": "fp16", "use_cpu": True}, "does not work on CPUs"),
         ({"mixed_precision": "bf61"}, "did you mean 'bf16'"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_verison": 2}}, "did you mean 'fsdp_version'"),
@@ -182,6 +183,7 @@ def test_traps_of_launch_configurations(tmp_path: Path, changes: dict[str, Any],
 
 def test_our_launch_configurations_are_sound() -> None:
     files = sorted((Path(__file__).parent.parent.parent / "recipes" / "accelerate").glob("*.yaml"))
+    assert len(files) >= 15
     for file in files:
         if file.name == "soo.yaml":
             load_config(file)
