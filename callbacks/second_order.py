@@ -8,15 +8,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
-from lightning_soo.strategies.evaluation import say_batch
-from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers, say_accumulation
-from lightning_soo.strategies.preconditioners import (
+from lightning_soo.checkpoint.preconditioners import (
     PRECONDITIONERS,
     collect_preconditioners,
     restore_preconditioners,
 )
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
+from lightning_soo.strategies.evaluation import say_batch
+from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers, say_accumulation
 
 
 class SecondOrder(pl.Callback):

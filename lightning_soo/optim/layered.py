@@ -100,7 +100,7 @@ class LayeredOptimizer(LayerDirections):
         self._set_recording()
 
     def accumulate(self, micro_batches: int, scaler: Any = None) -> None:
-        """Say what the loss is divided by, and scaled by, before ``backward()``; Lightning's front doors do it.
+        """Say what the loss is divided by, and scaled by, before ``backward()``; front doors do it.
 
         Args:
             micro_batches: by which each micro-batch's loss is divided; 1 where losses are accumulated undivided.

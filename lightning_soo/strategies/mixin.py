@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader
 
+from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
 from lightning_soo.strategies.evaluation import say_batch
-from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 
 
 class SecondOrderStrategyMixin(ParallelStrategy):

@@ -10,9 +10,9 @@ from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
+from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, take_over
-from lightning_soo.strategies.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 
 
 class FabricSecondOrderMixin(ParallelStrategy):

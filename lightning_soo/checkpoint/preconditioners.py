@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_soo.optim.base import SecondOrderOptimizer
+if TYPE_CHECKING:
+    from lightning_soo.optim.base import SecondOrderOptimizer
 
 PRECONDITIONERS = "second_order"
 """Key of the checkpoint: for each optimizer what ``blocks_state_dict`` gave on rank 0, after ``consolidate``."""

@@ -1,0 +1,70 @@
+"""``lightning-soo``: look at configurations before any device time is spent."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_soo._version import __version__
+from lightning_soo.config import import_yaml, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code, 1 where something is wrong."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"lightning-soo: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-soo", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    what = "a yaml or json file, or a line such as method=shampoo,precondition_frequency=50; SOO_CONFIG if left out"
+    config = commands.add_parser("config", help="print a configuration with every option and its default")
+    config.add_argument("source", nargs="?", help=what)
+    config.set_defaults(run=_config)
+    check = commands.add_parser("check", help="say what is wrong with a configuration, and with one of Accelerate's")
+    check.add_argument("source", nargs="?", help=what)
+    check.add_argument("--config_file", help="the yaml of accelerate launch that goes with it")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _config(given: argparse.Namespace) -> int:
+    yaml = import_yaml("lightning-soo config")
+    resolved: dict[str, Any] = load_config(given.source).resolved()
+    print("# taken over from an AdamW, Adam or SGD unless set: lr, betas, eps, weight_decay, momentum")
+    print(yaml.safe_dump(resolved, sort_keys=False), end="")
+    return 0
+
+
+def _check(given: argparse.Namespace) -> int:
+    problems = []
+    try:
+        config = load_config(given.source)
+    except (OSError, TypeError, ValueError) as error:
+        problems.append(str(error))
+    if given.config_file is not None:
+        from lightning_soo.integrations.launch_config import launch_problems
+
+        problems += launch_problems(given.config_file)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", file=sys.stderr)
+        return 1
+    options = ", ".join(f"{key}={value!r}" for key, value in config.options.items())
+    print(f"{config.source}: {config.method}{f' with {options}' if options else ''}: good")
+    if given.config_file is not None:
+        print(f"{given.config_file}: good")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
