@@ -2,8 +2,8 @@
 
 python benchmarks/kfac_overhead.py [--repeats 5] [--tasks resnet autoencoder] [--threads 1] [--output FILE]
 
-Contenders take turns of whole intervals of inverses (of half a one where that is 100 steps); ratios are taken within a turn. A step is forward, backward and
-optimizer; statistics and inverses are counted wherever they fall.
+Contenders take turns of whole intervals of inverses (of half a one where that is 100 steps); ratios are taken within a
+turn. A step is forward, backward and optimizer; statistics and inverses are counted wherever they fall.
 """
 
 from __future__ import annotations
