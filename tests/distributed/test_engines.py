@@ -28,7 +28,8 @@ def test_torch_engines_equal_one_process(ranks: int) -> None:
 
 @pytest.mark.parametrize("method", ["soap", "sonew", "kfac"])
 @pytest.mark.parametrize(
-    ("ranks", "names"), [(1, ["fsdp2"]), (2, ["ddp", "fsdp1"]), (3, ["ddp", "fsdp1-flat", "fsdp2"]), (4, ["hsdp"])]
+    ("ranks", "names"),
+    [(1, ["fsdp2"]), (2, ["ddp", "fsdp1"]), (3, ["ddp", "fsdp1-flat", "fsdp2"]), (4, ["ddp", "hsdp"])],
 )
 def test_other_methods_equal_one_process(method: str, ranks: int, names: list[str]) -> None:
     torchrun(WORKER, ranks, method, *names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib.util
 import io
@@ -652,3 +653,42 @@ def test_a_gradient_scaler_changes_nothing_and_an_overflow_leaves_no_trace() -> 
     for found, expected in zip(run(True), run(False), strict=True):
         for own, other in zip(found, expected, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["exact", "pi"])
+def test_factors_of_limited_order_against_the_dense_matrix(method: str) -> None:
+    """Inputs as channels times space, outputs as a diagonal; a bias then stands by itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 5, bias=False)).double()
+    x, y = torch.randn(7, 6).double(), torch.randn(7, 5).double()
+    damping = 0.05
+    optimizer = KFAC(
+        net, **PLAIN, damping=damping, damping_method=method, max_preconditioner_dim=4, input_shapes={"0": (3, 2)}
+    )
+    output = net(x)
+    (0.5 * (output - y).square().sum() / len(x)).backward()
+    error = (output - y).detach()  # gradients of single examples at the output, and below it
+    below = error @ net[1].weight.detach()
+    inputs = net[0](x).detach()
+    gradients = {name: parameter.grad.detach().clone() for name, parameter in net.named_parameters()}
+    steps = moved(net, optimizer.step)
+
+    def inverse(factors: list[Tensor], gradient: Tensor) -> Tensor:
+        if method == "exact":
+            dense = functools.reduce(torch.kron, factors) + damping * torch.eye(gradient.numel()).double()
+            return torch.linalg.solve(dense, gradient.flatten()).view_as(gradient)
+        means = [float(factor.diagonal().mean()) for factor in factors]
+        geometric = float(np.prod(means)) ** (1 / len(means))
+        shares = [damping ** (1 / len(means)) * mean / geometric for mean in means]
+        eyes = [torch.eye(len(factor)).double() * share for factor, share in zip(factors, shares, strict=True)]
+        dense = functools.reduce(torch.kron, [a + b for a, b in zip(factors, eyes, strict=True)])
+        return torch.linalg.solve(dense, gradient.flatten()).view_as(gradient)
+
+    pairs = x.view(7, 3, 2)
+    channels = torch.einsum("ncs,nds->cd", pairs, pairs) / 7
+    space = torch.einsum("ncs,nct->st", pairs, pairs) / 7
+    first = [below.T @ below / 7, channels, space / space.trace()]
+    torch.testing.assert_close(steps["0.weight"], -inverse(first, gradients["0.weight"]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(steps["0.bias"], -inverse(first[:1], gradients["0.bias"]), rtol=1e-9, atol=1e-12)
+    second = [torch.diag((error**2).mean(0)), inputs.T @ inputs / 7]
+    torch.testing.assert_close(steps["1.weight"], -inverse(second, gradients["1.weight"]), rtol=1e-9, atol=1e-12)
