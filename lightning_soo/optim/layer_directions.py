@@ -213,8 +213,10 @@ class LayerDirections(SecondOrderOptimizer):
                 "adaptive_damping needs the loss of the step's batch: set optimizer.evaluate to a function that "
                 "returns it (the SecondOrder callback and our strategies do), or leave adaptive_damping out"
             )
-        if self._layout is not None and self._layout.engine.startswith("zero"):
-            raise TypeError("adaptive_damping: ZeRO updates the model only after the step, so it cannot be tried there")
+        if self._layout is not None and self._layout.updates_model_later:
+            raise TypeError(
+                "adaptive_damping: this engine updates the model only after the step (ZeRO), so none can be tried"
+            )
         before = self._loss()
         kept = [member.parameter().clone() for member in tried]
         for member in tried:

@@ -29,6 +29,7 @@ class Layout:
         pending_gradients: for such engines: the gradients that are not in ``.grad`` yet, and the factor by which they
             are still scaled; asked for before the first part moves.
         loss_divisor: for engines that scale the loss themselves: what they have divided it by.
+        updates_model_later: whether the model has the new parameters only after the step, as masters are apart.
     """
 
     engine: str
@@ -40,6 +41,7 @@ class Layout:
     part_of: Mapping[int, int] = field(default_factory=dict)
     pending_gradients: Callable[[], tuple[Mapping[int, Tensor], float]] | None = None
     loss_divisor: Callable[[], float] | None = None
+    updates_model_later: bool = False
 
     def row(self, rank: int) -> list[int]:
         """This rank's place and ranges as integers, for the exchange."""

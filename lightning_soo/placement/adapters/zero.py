@@ -79,6 +79,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         part_of={} if at_once else {id(flat): part for part, flat in enumerate(flats)},
         pending_gradients=None if at_once else _pending(zero, flats, fragments, parts),
         loss_divisor=_loss_divisor(zero, model),
+        updates_model_later=True,
     )
 
 
