@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench docs
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing lightning_soo with torch and lightning (minutes the first time)"
@@ -34,6 +34,11 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	@echo "== building the documents in site/"
+	$(BIN)/python docs/write_options.py
+	$(BIN)/python -m mkdocs build --strict -d site
 
 bench: $(VENV)/.recipes
 	@echo "== step time of AdamW, lightning_soo and installed peers (ten minutes on two cores)"

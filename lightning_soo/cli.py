@@ -1,14 +1,16 @@
-"""``lightning-soo``: look at configurations before any device time is spent."""
+"""``lightning-soo``: look at configurations before any device time is spent, and copy recipes."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_soo._version import __version__
 from lightning_soo.config import import_yaml, load_config
+from lightning_soo.recipe_files import copy_recipe, list_recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("source", nargs="?", help=what)
     check.add_argument("--config_file", help="the yaml of accelerate launch that goes with it")
     check.set_defaults(run=_check)
+    recipes = commands.add_parser("recipes", help="list the recipes, or copy one").add_subparsers(
+        dest="what", required=True, metavar="list|copy"
+    )
+    recipes.add_parser("list", help="names and what they are").set_defaults(run=_list_recipes)
+    copy = recipes.add_parser("copy", help="copy a recipe and what it shares with others to ./recipes")
+    copy.add_argument("name")
+    copy.add_argument("--to", type=Path, default=Path(), help="another folder than the working directory")
+    copy.set_defaults(run=_copy_recipe)
     return parser
 
 
@@ -63,6 +73,20 @@ def _check(given: argparse.Namespace) -> int:
     print(f"{config.source}: {config.method}{f' with {options}' if options else ''}: good")
     if given.config_file is not None:
         print(f"{given.config_file}: good")
+    return 0
+
+
+def _list_recipes(given: argparse.Namespace) -> int:
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, heading in recipes.items():
+        print(f"{name:{width}}  {heading}")
+    return 0
+
+
+def _copy_recipe(given: argparse.Namespace) -> int:
+    folder = copy_recipe(given.name, given.to)
+    print(f"{folder}: begin with {folder / 'README.md'}")
     return 0
 
 

@@ -22,7 +22,7 @@ def python(*arguments: str, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
-    for folder in ("lightning_soo", "callbacks"):
+    for folder in ("lightning_soo", "callbacks", "recipes"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -39,6 +39,9 @@ def test_every_module_is_in_the_wheel(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert modules | {"lightning_soo/py.typed", "lightning_soo/preconditioners/banded_host.cpp"} <= inside
     assert not [name for name in inside if name.startswith(("callbacks/", "tests/", "recipes/"))]
+    recipes = {f"lightning_soo/recipes/{path.parent.name}/README.md" for path in (ROOT / "recipes").glob("*/README.md")}
+    assert len(recipes) > 5 and recipes <= inside
+    assert not [name for name in inside if name.endswith(".csv") or "__pycache__" in name or "/results/" in name]
 
 
 def test_the_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
@@ -56,6 +59,10 @@ for name in names:
         assert error.name == "triton" and name.endswith("_triton"), (name, error)
 from lightning_soo import Shampoo
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
+from lightning_soo.recipe_files import copy_recipe
+copy_recipe("sharded", __import__("pathlib").Path())
 print(len(names), lightning_soo.__version__)
 """
     assert int(python("-c", program, cwd=tmp_path).split()[0]) > 20
+    train = Path("recipes") / "sharded" / "train.py"
+    assert (tmp_path / train).read_bytes() == (ROOT / train).read_bytes()
