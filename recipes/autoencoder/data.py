@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))  # pictures.py belongs to all recipes
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 
 import pictures
 
@@ -21,6 +21,11 @@ def mnist_5k() -> Tensor:
     return rows(pictures.mnist_5k()[0])
 
 
+def training_pictures(folder: Path) -> Tensor:
+    """The training pictures of MNIST's or Fashion-MNIST's files."""
+    return rows(pictures.idx_images(folder, "train")[0])
+
+
 def fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST's 60,000 training and 10,000 test pictures; `folder` as `pictures.idx_images` takes it."""
-    return rows(pictures.idx_images(folder, "train")[0]), rows(pictures.idx_images(folder, "t10k")[0])
+    return training_pictures(folder), rows(pictures.idx_images(folder, "t10k")[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-sys.path.append(str(Path(__file__).parents[1]))  # pictures.py belongs to all recipes
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 
 from pictures import FASHION, idx_images, mnist_5k
 
