@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
 from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
+from lightning_soo.integrations.deepspeed_config import accept_optimizer, clipping_remark
+from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.layered import LayeredOptimizer
-from lightning_soo.optim.takeover import take_over
 
-PREFIX = "second_order/"
 _REMEDY = (
     "On GPUs torch finds none here; on CPUs remove use_cpu from the launch configuration, set "
     "ACCELERATE_TORCH_DEVICE=cpu and launch with -m lightning_soo.launch (or call "
@@ -24,7 +22,7 @@ _REMEDY = (
 )
 
 
-class Session:
+class Session(OptimizerSession):
     """Of one ``Accelerator``; :meth:`of` gives it.
 
     Args:
@@ -32,15 +30,11 @@ class Session:
         config: None takes nothing over; second-order optimizers are attached all the same.
     """
 
-    taken_over = 0  # optimizers of this process, over all sessions
-
     def __init__(self, accelerator: Any, config: Config | None) -> None:
         check_processes(accelerator)
-        self.accelerator, self.config = accelerator, config
+        super().__init__(config)
+        self.accelerator = accelerator
         self.is_preparing = False
-        self._known: WeakSet[SecondOrderOptimizer] = WeakSet()  # taken over here, or the user's own
-        self._attached: WeakSet[SecondOrderOptimizer] = WeakSet()
-        self._started: WeakSet[SecondOrderOptimizer] = WeakSet()
         accelerator.register_save_state_pre_hook(
             lambda models, weights, folder: save_preconditioners(accelerator, self.optimizers, folder)
         )
@@ -81,13 +75,11 @@ class Session:
         """Prepare by Accelerate; optimizers are taken over where the engine leaves them."""
         given = [one for one in objects if isinstance(one, torch.optim.Optimizer)]
         for optimizer in given:  # while nothing has changed
-            self._check(innermost(optimizer))
+            self.check(innermost(optimizer))
         if self._uses_deepspeed and given:  # its own optimizer will hide them, and has to accept them
             for optimizer in given:
-                self._take_over(innermost(optimizer))
-            settings = self.accelerator.deepspeed_plugin.deepspeed_config
-            settings.setdefault("zero_allow_untested_optimizer", True)
-            settings.setdefault("zero_force_ds_cpu_optimizer", False)
+                self.take_over(innermost(optimizer))
+            accept_optimizer(self.accelerator.deepspeed_plugin.deepspeed_config)
         self.is_preparing = True
         try:
             prepared = self.accelerator.prepare(*objects, **options)
@@ -105,42 +97,12 @@ class Session:
                     f"DeepSpeed has built {type(inner).__name__} itself, which cannot be taken over: remove "
                     "'optimizer' from its configuration and build an AdamW in the script"
                 )
-            optimizer = self._take_over(inner)
+            optimizer = self.take_over(inner)
             _refresh_scaled_step(wrapped, optimizer)
             if optimizer not in self._attached:
-                self._attach(optimizer, must=False)
+                self.attach(optimizer, must=False)
 
-    def _take_over(self, optimizer: torch.optim.Optimizer) -> SecondOrderOptimizer:
-        if optimizer in self._known:
-            assert isinstance(optimizer, SecondOrderOptimizer)
-            return optimizer
-        self._check(optimizer)
-        if not isinstance(optimizer, SecondOrderOptimizer):
-            assert self.config is not None
-            optimizer = take_over(optimizer, self.config.method, dict(self.config.options))
-        self._known.add(optimizer)
-        Session.taken_over += 1
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-        return optimizer
-
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        """
-        Raises:
-            ValueError: no configuration, or one too many.
-        """
-        if optimizer in self._known:
-            return
-        if not isinstance(optimizer, SecondOrderOptimizer):
-            self.config = self.config or load_config()  # which says what is missing
-        elif self.config is not None:
-            raise ValueError(
-                f"the optimizer is {type(optimizer).__name__} already, and {self.config.source} asks for "
-                f"{self.config.method!r} as well: opt in once. Build an AdamW in the script, or drop the "
-                f"configuration (unset {ENVIRONMENT_VARIABLE})"
-            )
-
-    def _attach(self, optimizer: SecondOrderOptimizer, *, must: bool) -> None:
+    def attach(self, optimizer: SecondOrderOptimizer, *, must: bool) -> None:
         """Build its plan for the prepared model that holds its parameters. Collective.
 
         Raises:
@@ -159,34 +121,31 @@ class Session:
         optimizer.attach(found, None if several else "single")
         self._attached.add(optimizer)
 
-    def _before_step(self, optimizer: Any, *_: Any) -> None:
-        if optimizer not in self._attached:
-            self._attach(optimizer, must=True)
-        if isinstance(optimizer, LayeredOptimizer):
-            # DeepSpeed divides losses itself, and the plan knows by how much
-            micro_batches = 1 if self._uses_deepspeed else self.accelerator.gradient_accumulation_steps
-            optimizer.accumulate(micro_batches, self.accelerator.scaler)
-        if optimizer not in self._started:
-            self._started.add(optimizer)
-            loaders = self.accelerator._dataloaders  # one of them is read at a time
-            optimizer.data_workers = max((getattr(loader, "num_workers", 0) for loader in loaders), default=0)
-            if self.accelerator.is_main_process:
-                print(optimizer.plan_table() + self._remarks(), flush=True)
+    @property
+    def is_first(self) -> bool:
+        return bool(self.accelerator.is_main_process)
 
-    def _remarks(self) -> str:
+    @property
+    def is_recording(self) -> bool:
+        return bool(self.accelerator.trackers)
+
+    def accumulation(self) -> tuple[int, Any]:
+        # DeepSpeed divides losses itself, and the plan knows by how much
+        micro_batches = 1 if self._uses_deepspeed else self.accelerator.gradient_accumulation_steps
+        return micro_batches, self.accelerator.scaler
+
+    def data_workers(self) -> int:
+        loaders = self.accelerator._dataloaders  # one of them is read at a time
+        return max((getattr(loader, "num_workers", 0) for loader in loaders), default=0)
+
+    def remarks(self) -> str:
         if not self._uses_deepspeed:
             return ""
         norm = self.accelerator.deepspeed_config.get("gradient_clipping", 0.0)
-        clips = f"clips gradients at {norm} (gradient_clipping)" if norm else "does not clip gradients"
-        return f"\nDeepSpeed {clips}; accelerator.clip_grad_norm_ does nothing here"
+        return f"{clipping_remark(norm)}; accelerator.clip_grad_norm_ does nothing here"
 
-    def _after_step(self, optimizer: Any, *_: Any) -> None:
-        interval = self.config.monitor if self.config is not None else None
-        if interval and self.accelerator.trackers and optimizer.steps and optimizer.steps % interval == 0:
-            optimizers = self.optimizers
-            middle = f"{optimizers.index(optimizer)}/" if len(optimizers) > 1 else ""
-            figures = {f"{PREFIX}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
-            self.accelerator.log(figures, step=optimizer.steps)
+    def record(self, figures: dict[str, float], step: int) -> None:
+        self.accelerator.log(figures, step=step)
 
     def backward(self, loss: Any, **options: Any) -> None:
         """``accelerator.backward``, where some optimizer has been taken over."""
@@ -227,13 +186,6 @@ def check_processes(accelerator: Any) -> None:
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" and found != engine:
             raise RuntimeError(f"{engine} was launched, but Accelerate has chosen {found}. {_REMEDY}")
-
-
-def innermost(optimizer: Any) -> Any:
-    """What Accelerate's wrapper, and DeepSpeed's own optimizer, step in the end."""
-    while not isinstance(optimizer, SecondOrderOptimizer) and getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _holder(models: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> nn.Module | None:

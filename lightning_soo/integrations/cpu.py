@@ -32,15 +32,21 @@ def train_on_cpu() -> None:
         if int(os.environ.get("LOCAL_RANK", -1)) == -1:
             return original(self, cpu, *args, **options)
         if _uses("DEEPSPEED"):
-            import deepspeed
-
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute
+            skip_compilation()
         # what FSDP and DeepSpeed are made from; plain, it would put the model on a GPU
         sharded = _uses("FSDP") or _uses("DEEPSPEED")
         return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
 
     prepare_backend.on_cpu = True  # type: ignore[attr-defined]
     PartialState._prepare_backend = prepare_backend
+
+
+def skip_compilation() -> None:
+    """Spare DeepSpeed on CPUs an operation of its own, whose compilation takes a minute; call it before processes are
+    connected. Reductions go through gloo all the same."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _uses(engine: str) -> bool:

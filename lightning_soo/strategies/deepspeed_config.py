@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_soo.integrations.deepspeed_config import accept_optimizer
+
 
 class NumberedDevice:
     """Part of a strategy: where DeepSpeed is initialised the device has an index, which a CPU otherwise has not."""
@@ -40,8 +42,7 @@ def prepare_config(config: dict[str, Any]) -> None:
             "the DeepSpeed configuration has an 'optimizer', which cannot be taken over: remove it, and return an "
             "AdamW from configure_optimizers or give the strategy optimizer_options"
         )
-    config.setdefault("zero_allow_untested_optimizer", True)
-    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    accept_optimizer(config)
 
 
 def check_accelerator(device: torch.device) -> None:

@@ -1,6 +1,24 @@
 """Collectives, and nothing else."""
 
 from lightning_soo.transport.agreement import AgreementError, agree
-from lightning_soo.transport.process_group import Arriving, Pending, Transport, pack_bytes, template_size, unpack_bytes
+from lightning_soo.transport.process_group import (
+    Arriving,
+    Pending,
+    Transport,
+    pack_bytes,
+    share_object,
+    template_size,
+    unpack_bytes,
+)
 
-__all__ = ["AgreementError", "Arriving", "Pending", "Transport", "agree", "pack_bytes", "template_size", "unpack_bytes"]
+__all__ = [
+    "AgreementError",
+    "Arriving",
+    "Pending",
+    "Transport",
+    "agree",
+    "pack_bytes",
+    "share_object",
+    "template_size",
+    "unpack_bytes",
+]

@@ -170,6 +170,15 @@ class Transport:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
 
+def share_object(value: Any) -> Any:
+    """Rank 0's plain data, on every rank that torch knows of. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    carried = [value]
+    dist.broadcast_object_list(carried, src=0)
+    return carried[0]
+
+
 def pack_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """Lay tensors of any dtypes end to end as bytes, each padded to 8 so that views stay aligned."""
     flat = torch.zeros(packed_size(tensors), dtype=torch.uint8)
