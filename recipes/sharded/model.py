@@ -29,6 +29,8 @@ class Layer(nn.Module):
 class SmallGPT(L.LightningModule):
     """Trained by AdamW, as far as it knows."""
 
+    _no_split_modules = ("Layer",)  # what Accelerate's FSDP makes a unit; Transformers' models have it too
+
     def __init__(self, width: int = 64, layers: int = 4, heads: int = 4, length: int = 64, lr: float = 2e-3) -> None:
         super().__init__()
         self.lr = lr

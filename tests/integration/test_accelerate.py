@@ -19,7 +19,8 @@ from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS
 
 from lightning_soo.optim.takeover import take_over
 
-HERE, RECIPES = Path(__file__).parent, Path(__file__).parent.parent.parent / "recipes" / "accelerate"
+HERE = Path(__file__).parent
+LAUNCH, RECIPE = (HERE.parent.parent / "recipes" / name for name in ("launch", "accelerate"))
 CONFIGS: dict[str, dict[str, Any]] = {
     "shampoo": {
         "method": "shampoo",
@@ -110,7 +111,7 @@ def test_an_unmodified_script(tmp_path: Path, engine: str, method: str) -> None:
     config = tmp_path / "soo.yaml"
     config.write_text(json.dumps(CONFIGS[method]))
     program = ["-m", "lightning_soo.launch", HERE / "accelerate_script.py", tmp_path, "--its", "own"]
-    file = RECIPES / f"{engine}_cpu.yaml"
+    file = LAUNCH / f"{engine}_cpu.yaml"
     run = launch(file, *program, options=ENGINES[engine], SOO_CONFIG=str(config))
     assert run.returncode == 0, run.stderr[-4000:]
     expected = plain_loop(method)
@@ -129,7 +130,7 @@ def test_an_unmodified_script(tmp_path: Path, engine: str, method: str) -> None:
 
 def test_opting_in_by_code(tmp_path: Path, engine: str) -> None:
     program = [HERE / "worker_accelerate.py", tmp_path, json.dumps(CONFIGS)]
-    run = launch(RECIPES / f"{engine}_cpu.yaml", *program, options=ENGINES[engine])
+    run = launch(LAUNCH / f"{engine}_cpu.yaml", *program, options=ENGINES[engine])
     assert run.returncode == 0, run.stderr[-4000:]
     for rank in range(4 if engine == "hsdp" else 2):
         found = torch.load(tmp_path / f"code{rank}.pt", weights_only=True)
@@ -227,7 +228,7 @@ def test_launches_that_accelerate_changes(tmp_path: Path, engine: str, environme
     (tmp_path / "user.py").write_text(PREPARED)
     program = ["-m", "lightning_soo.launch", tmp_path / "user.py"]
     options = ["--fsdp_use_orig_params", "false", *SMALL] if engine == "fsdp1" else []
-    run = launch(RECIPES / f"{engine}_cpu.yaml", *program, options=options, SOO_CONFIG=GOOD, **environment)
+    run = launch(LAUNCH / f"{engine}_cpu.yaml", *program, options=options, SOO_CONFIG=GOOD, **environment)
     assert run.returncode != 0 and words in run.stderr, run.stderr[-3000:]
 
 
@@ -240,11 +241,11 @@ def test_the_recipe(tmp_path: Path) -> None:
         (line,) = [line for line in run.stdout.splitlines() if line.startswith("validation loss")]
         return float(line.split()[2])
 
-    train = [RECIPES / "train.py", "--steps", 20]
+    train = [RECIPE / "train.py", "--steps", 20]
     ours = ["-m", "lightning_soo.launch", *train]
-    one, config = [RECIPES / "one_gpu.yaml", "--mixed_precision", "no"], str(RECIPES / "soo.yaml")
+    one, config = [LAUNCH / "one_gpu.yaml", "--mixed_precision", "no"], str(RECIPE / "soo.yaml")
     alone = validation_loss(*one, *ours, SOO_CONFIG=config)
-    sharded = validation_loss(RECIPES / "fsdp2_cpu.yaml", *ours, SOO_CONFIG=config)
+    sharded = validation_loss(LAUNCH / "fsdp2_cpu.yaml", *ours, SOO_CONFIG=config)
     first_order = validation_loss(*one, *train)
     assert abs(alone - sharded) < 1e-3 < first_order - alone
 
