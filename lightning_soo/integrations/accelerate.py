@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from lightning_soo.config import Config, Source, load_config
-from lightning_soo.integrations.accelerate_session import Session
+from lightning_soo.integrations.accelerate_session import Session, innermost
+from lightning_soo.optim.layered import LayeredOptimizer
 
 
 def prepare(accelerator: Any, *objects: Any, config: Source | Config = None, **options: Any) -> Any:
@@ -30,3 +34,25 @@ def prepare(accelerator: Any, *objects: Any, config: Source | Config = None, **o
     """
     parsed = config if isinstance(config, Config) or config is None else load_config(config)
     return Session.of(accelerator, parsed).prepare(objects, options)
+
+
+def evaluate_with(optimizer: Any, evaluate: Callable[[], Tensor]) -> None:
+    """Say how the loss of the step's batch is computed once more, which K-FAC's ``adaptive_damping`` asks for.
+
+    Once before the loop is enough where ``evaluate`` sees the loop's variables: ``evaluate_with(optimizer, lambda:
+    loss_of(model, batch))``. Not needed where the model returns the loss itself.
+
+    Args:
+        optimizer: what :func:`prepare` returned, or an optimizer inside it.
+        evaluate: returns this rank's loss, not divided for accumulation, by the prepared model; it is called twice
+            every ``adaptive_damping["interval"]`` steps, on every rank, without gradients.
+
+    Raises:
+        TypeError: not a ``KFAC``.
+    """
+    inner = innermost(optimizer)
+    if not isinstance(inner, LayeredOptimizer):
+        raise TypeError(
+            f"{type(inner).__name__} has no adaptive damping: evaluate_with takes the KFAC that prepare() returned"
+        )
+    inner.evaluate = evaluate

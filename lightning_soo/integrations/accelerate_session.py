@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
+from lightning_soo.integrations.accelerate_evaluation import ModelLoss, adapts_damping
 from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
 from lightning_soo.integrations.deepspeed_config import accept_optimizer, clipping_remark
 from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.layered import LayeredOptimizer
 
 _REMEDY = (
     "On GPUs torch finds none here; on CPUs remove use_cpu from the launch configuration, set "
@@ -35,6 +38,7 @@ class Session(OptimizerSession):
         super().__init__(config)
         self.accelerator = accelerator
         self.is_preparing = False
+        self._model_losses: WeakKeyDictionary[SecondOrderOptimizer, ModelLoss] = WeakKeyDictionary()
         accelerator.register_save_state_pre_hook(
             lambda models, weights, folder: save_preconditioners(accelerator, self.optimizers, folder)
         )
@@ -119,6 +123,8 @@ class Session(OptimizerSession):
                 "false build the optimizer after the model is prepared, or write fsdp_use_orig_params: true"
             )
         optimizer.attach(found, None if several else "single")
+        if found is not None and adapts_damping(optimizer):
+            self._model_losses[optimizer] = ModelLoss(found)
         self._attached.add(optimizer)
 
     @property
@@ -150,11 +156,17 @@ class Session(OptimizerSession):
     def backward(self, loss: Any, **options: Any) -> None:
         """``accelerator.backward``, where some optimizer has been taken over."""
         self._require_optimizer()
+        for optimizer, model_loss in self._model_losses.items():
+            assert isinstance(optimizer, LayeredOptimizer)
+            if model_loss.take(loss) and optimizer.evaluate is None:
+                optimizer.evaluate = model_loss
         self._backward(loss, **options)
 
     def end_training(self) -> None:
         """``accelerator.end_training``, after background work has been stopped."""
         self._require_optimizer()
+        for model_loss in self._model_losses.values():
+            model_loss.close()
         for optimizer in self.optimizers:
             optimizer.close()
         self._end_training()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_soo.config import parse_yaml
+from lightning_soo.integrations.packages import require_accelerate
 from lightning_soo.naming import nearest
 
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -17,7 +18,12 @@ _ON_CPU = "set the environment variable ACCELERATE_TORCH_DEVICE=cpu and launch w
 
 
 def launch_problems(path: str | os.PathLike[str]) -> list[str]:
-    """Every problem in words, each with what to do about it; none where the file is sound."""
+    """Every problem in words, each with what to do about it; none where the file is sound.
+
+    Raises:
+        ImportError: Accelerate, which knows its keys, or PyYAML is missing.
+    """
+    require_accelerate(f"looking at {path}")
     file = Path(path)
     if not file.is_file():
         return [f"{file}: there is no such file"]

@@ -61,8 +61,8 @@ class KFAC(LayeredOptimizer):
         factor_decay: of the running factors, for one step; they are debiased.
         adaptive_damping: True, or a mapping of :class:`AdaptiveDamping`'s fields: every few steps the change of the
             loss on the step's batch is compared with what the quadratic model predicts, and damping is changed. Needs
-            ``optimizer.evaluate``, a function that gives this batch's loss; Lightning's front doors set it. Not under
-            ZeRO, which updates the model only after the step.
+            ``optimizer.evaluate``, a function that gives this batch's loss; Lightning's front doors set it,
+            Accelerate's where the model returns its loss. Not under ZeRO, which updates the model only after the step.
         batch_reduction: ``"mean"`` or ``"sum"``: what the loss does over the examples of a batch.
         max_preconditioner_dim: a larger input factor is kept as the product of two, channels and space (Ba, Grosse
             and Martens 2017), a larger output factor as a diagonal.

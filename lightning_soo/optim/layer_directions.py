@@ -211,7 +211,9 @@ class LayerDirections(SecondOrderOptimizer):
         if self.evaluate is None:
             raise RuntimeError(
                 "adaptive_damping needs the loss of the step's batch: set optimizer.evaluate to a function that "
-                "returns it (the SecondOrder callback and our strategies do), or leave adaptive_damping out"
+                "returns it (the SecondOrder callback and our strategies do; with Accelerate a model that returns its "
+                "own loss is enough, else call lightning_soo.integrations.accelerate.evaluate_with), or leave "
+                "adaptive_damping out"
             )
         if self._layout is not None and self._layout.updates_model_later:
             raise TypeError(
@@ -239,6 +241,8 @@ class LayerDirections(SecondOrderOptimizer):
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model is not None else []
         with torch.random.fork_rng(devices=[]):
             loss = float(self.evaluate())
+        if model is not None and self._layout is not None and self._layout.forget_gathered is not None:
+            self._layout.forget_gathered(model)  # or the next pass would see parameters as they are now
         for buffer, kept in buffers:
             buffer.copy_(kept)
         return loss

@@ -30,6 +30,7 @@ class Layout:
             are still scaled; asked for before the first part moves.
         loss_divisor: for engines that scale the loss themselves: what they have divided it by.
         updates_model_later: whether the model has the new parameters only after the step, as masters are apart.
+        forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
     """
 
     engine: str
@@ -42,6 +43,7 @@ class Layout:
     pending_gradients: Callable[[], tuple[Mapping[int, Tensor], float]] | None = None
     loss_divisor: Callable[[], float] | None = None
     updates_model_later: bool = False
+    forget_gathered: Callable[[Any], None] | None = None
 
     def row(self, rank: int) -> list[int]:
         """This rank's place and ranges as integers, for the exchange."""

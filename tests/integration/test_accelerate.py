@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from launching import TESTS
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from accelerate_launching import LAUNCH, RECIPES, launch
 from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS, Net, make_data, make_schedule
 
 from lightning_soo.optim.takeover import take_over
 
-HERE = Path(__file__).parent
-LAUNCH, RECIPE = (HERE.parent.parent / "recipes" / name for name in ("launch", "accelerate"))
+HERE, RECIPE = Path(__file__).parent, RECIPES / "accelerate"
 CONFIGS: dict[str, dict[str, Any]] = {
     "shampoo": {
         "method": "shampoo",
@@ -41,31 +40,6 @@ ENGINES = {
 if os.environ.get("SOO_TEST_ALL_ENGINES"):  # the same paths once more: minutes
     ENGINES |= {"hsdp": SMALL, "zero1": CLIPPED, "zero3": CLIPPED}
 Run = tuple[dict[str, torch.Tensor], list[float]]
-
-
-def launch(
-    file: Path | str, *program: object, options: list[str] | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch`` with one of our configurations, on CPUs."""
-    environment = {"ACCELERATE_TORCH_DEVICE": "cpu", **environment}
-    inherited = {name: value for name, value in os.environ.items() if name not in ("SOO_CONFIG", "ACCELERATE_USE_CPU")}
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
-            *("--main_process_port", "0", *(options or []), *map(str, program)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={
-            **inherited,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": TESTS,
-            **{name: value for name, value in environment.items() if value},
-        },
-        check=False,
-    )
 
 
 def plain_loop(method: str) -> Run:

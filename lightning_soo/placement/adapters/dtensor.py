@@ -64,7 +64,17 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         groups=tuple(numbers),
         shard_group=group,
         shard_ranks=ranks,
+        forget_gathered=_reshard,
     )
+
+
+def _reshard(model: nn.Module) -> None:
+    """The root's parameters above all, which stay gathered after a forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _shard_dim(parameter: Tensor, name: str) -> int | None:

@@ -90,4 +90,13 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         groups=tuple(numbers),
         shard_group=group,
         shard_ranks=ranks,
+        forget_gathered=_reshard,
     )
+
+
+def _reshard(model: nn.Module) -> None:
+    """The root's parameters above all, which stay gathered after a forward pass."""
+    for _, handle in _handles(model):
+        if handle.uses_sharded_strategy:
+            handle.reshard(True)
+            handle.post_reshard()
