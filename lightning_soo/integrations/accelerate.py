@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_soo.config import Config, Source, load_config
-from lightning_soo.integrations.accelerate_session import Session, innermost
+from lightning_soo.integrations.accelerate_session import Session
+from lightning_soo.integrations.session import innermost
 from lightning_soo.optim.layered import LayeredOptimizer
 
 
