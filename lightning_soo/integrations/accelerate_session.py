@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -38,6 +38,8 @@ class Session:
         check_processes(accelerator)
         self.accelerator, self.config = accelerator, config
         self.is_preparing = False
+        # by what a trainer on top of Accelerate divides losses itself, if there is one
+        self.loss_divisor: Callable[[], float] | None = None
         self._known: WeakSet[SecondOrderOptimizer] = WeakSet()  # taken over here, or the user's own
         self._attached: WeakSet[SecondOrderOptimizer] = WeakSet()
         self._started: WeakSet[SecondOrderOptimizer] = WeakSet()
@@ -163,9 +165,7 @@ class Session:
         if optimizer not in self._attached:
             self._attach(optimizer, must=True)
         if isinstance(optimizer, LayeredOptimizer):
-            # DeepSpeed divides losses itself, and the plan knows by how much
-            micro_batches = 1 if self._uses_deepspeed else self.accelerator.gradient_accumulation_steps
-            optimizer.accumulate(micro_batches, self.accelerator.scaler)
+            optimizer.accumulate(self._micro_batches(), self.accelerator.scaler)
         if optimizer not in self._started:
             self._started.add(optimizer)
             loaders = self.accelerator._dataloaders  # one of them is read at a time
@@ -173,20 +173,35 @@ class Session:
             if self.accelerator.is_main_process:
                 print(optimizer.plan_table() + self._remarks(), flush=True)
 
+    def _micro_batches(self) -> float:
+        """By what losses are divided, beside what DeepSpeed divides them by: the plan knows that."""
+        if self.loss_divisor is None:
+            return 1 if self._uses_deepspeed else int(self.accelerator.gradient_accumulation_steps)
+        engine = self.accelerator.deepspeed_engine_wrapped.engine if self._uses_deepspeed else None
+        return self.loss_divisor() / (engine.gradient_accumulation_steps() if engine is not None else 1)
+
     def _remarks(self) -> str:
+        frozen = [p for model in self.accelerator._models for p in model.parameters() if not p.requires_grad]
+        remark = ""
+        if frozen:
+            elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in frozen)  # ZeRO-3's own
+            remark = f"\n{len(frozen)} parameters of the model with {elements:,} elements are frozen and not trained"
         if not self._uses_deepspeed:
-            return ""
+            return remark
         norm = self.accelerator.deepspeed_config.get("gradient_clipping", 0.0)
         clips = f"clips gradients at {norm} (gradient_clipping)" if norm else "does not clip gradients"
-        return f"\nDeepSpeed {clips}; accelerator.clip_grad_norm_ does nothing here"
+        return f"{remark}\nDeepSpeed {clips}; accelerator.clip_grad_norm_ does nothing here"
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         interval = self.config.monitor if self.config is not None else None
         if interval and self.accelerator.trackers and optimizer.steps and optimizer.steps % interval == 0:
-            optimizers = self.optimizers
-            middle = f"{optimizers.index(optimizer)}/" if len(optimizers) > 1 else ""
-            figures = {f"{PREFIX}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
-            self.accelerator.log(figures, step=optimizer.steps)
+            self.accelerator.log(self.figures(optimizer), step=optimizer.steps)
+
+    def figures(self, optimizer: SecondOrderOptimizer) -> dict[str, float]:
+        """Its ``diagnostics()`` under the names that trackers get."""
+        optimizers = self.optimizers
+        middle = f"{optimizers.index(optimizer)}/" if len(optimizers) > 1 else ""
+        return {f"{PREFIX}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
 
     def backward(self, loss: Any, **options: Any) -> None:
         """``accelerator.backward``, where some optimizer has been taken over."""

@@ -15,19 +15,23 @@ from lightning_soo.optim.base import SecondOrderOptimizer
 FILE = "second_order.bin"
 
 
-def save_preconditioners(accelerator: Any, optimizers: Sequence[SecondOrderOptimizer], folder: str) -> None:
+def save_preconditioners(
+    accelerator: Any, optimizers: Sequence[SecondOrderOptimizer], folder: str, *, on_each_node: bool | None = None
+) -> None:
     """Before Accelerate writes the rest: gather them, and write a file where the engine does not carry them.
 
-    Collective. In one process and under DDP they are part of the optimizer's own state, which is written next.
+    Collective. In one process and under DDP they are part of the optimizer's own state, which is written next: by the
+    main process, or with ``on_each_node`` by one of each machine (None is what the accelerator is configured to do).
     """
     if not any(optimizer.is_sharded for optimizer in optimizers):
-        everywhere = accelerator.project_configuration.save_on_each_node
+        everywhere = accelerator.project_configuration.save_on_each_node if on_each_node is None else on_each_node
         for optimizer in optimizers:
             optimizer.consolidate(to=None if everywhere else 0)
         return
     saved = collect_preconditioners(optimizers, accelerator.is_main_process)
     if accelerator.is_main_process:
         path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         torch.save(saved, unfinished)
         os.replace(unfinished, path)
