@@ -184,6 +184,20 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not YAML: {error}") from None
 
 
+def split_at_commas(line: str) -> Iterator[str]:
+    """At commas outside brackets."""
+    depth, part = 0, ""
+    for character in line:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            yield part
+            part = ""
+        else:
+            part += character
+    if part.strip():
+        yield part
+
+
 def _parse(text: str, source: str, *, as_json: bool = False) -> Mapping[str, Any]:
     try:
         found = json.loads(text) if as_json else parse_yaml(text, source)
@@ -198,7 +212,7 @@ def _parse(text: str, source: str, *, as_json: bool = False) -> Mapping[str, Any
 
 def _inline(line: str, source: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for part in _split(line):
+    for part in split_at_commas(line):
         key, separator, value = part.partition("=")
         if not separator:
             raise ValueError(f"{source}: {part!r} has no '=': write key=value,key=value")
@@ -206,20 +220,6 @@ def _inline(line: str, source: str) -> dict[str, Any]:
             raise ValueError(f"{source}: {key.strip()!r} is given twice")
         found[key.strip()] = parse_yaml(value.strip(), source)
     return found
-
-
-def _split(line: str) -> Iterator[str]:
-    """At commas outside brackets."""
-    depth, part = 0, ""
-    for character in line:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += character
-    if part.strip():
-        yield part
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ def write_side_file(optimizers: Sequence[SecondOrderOptimizer], folder: str | os
     saved = collect_preconditioners(optimizers, is_first)
     if is_first:
         path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         torch.save(saved, unfinished)
         os.replace(unfinished, path)

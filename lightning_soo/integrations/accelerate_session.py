@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +38,8 @@ class Session(OptimizerSession):
         super().__init__(config)
         self.accelerator = accelerator
         self.is_preparing = False
+        # by what a trainer on top of Accelerate divides losses itself, if there is one
+        self.loss_divisor: Callable[[], float] | None = None
         self._model_losses: WeakKeyDictionary[SecondOrderOptimizer, ModelLoss] = WeakKeyDictionary()
         accelerator.register_save_state_pre_hook(
             lambda models, weights, folder: save_preconditioners(accelerator, self.optimizers, folder)
@@ -135,20 +137,30 @@ class Session(OptimizerSession):
     def is_recording(self) -> bool:
         return bool(self.accelerator.trackers)
 
-    def accumulation(self) -> tuple[int, Any]:
-        # DeepSpeed divides losses itself, and the plan knows by how much
-        micro_batches = 1 if self._uses_deepspeed else self.accelerator.gradient_accumulation_steps
-        return micro_batches, self.accelerator.scaler
+    def accumulation(self) -> tuple[float, Any]:
+        return self._micro_batches(), self.accelerator.scaler
+
+    def _micro_batches(self) -> float:
+        """By what losses are divided, beside what DeepSpeed divides them by: the plan knows that."""
+        if self.loss_divisor is None:
+            return 1 if self._uses_deepspeed else int(self.accelerator.gradient_accumulation_steps)
+        engine = self.accelerator.deepspeed_engine_wrapped.engine if self._uses_deepspeed else None
+        return self.loss_divisor() / (engine.gradient_accumulation_steps() if engine is not None else 1)
 
     def data_workers(self) -> int:
         loaders = self.accelerator._dataloaders  # one of them is read at a time
         return max((getattr(loader, "num_workers", 0) for loader in loaders), default=0)
 
     def remarks(self) -> str:
+        frozen = [p for model in self.accelerator._models for p in model.parameters() if not p.requires_grad]
+        remark = ""
+        if frozen:
+            elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in frozen)  # ZeRO-3's own
+            remark = f"\n{len(frozen)} parameters of the model with {elements:,} elements are frozen and not trained"
         if not self._uses_deepspeed:
-            return ""
+            return remark
         norm = self.accelerator.deepspeed_config.get("gradient_clipping", 0.0)
-        return f"{clipping_remark(norm)}; accelerator.clip_grad_norm_ does nothing here"
+        return f"{remark}{clipping_remark(norm)}; accelerator.clip_grad_norm_ does nothing here"
 
     def record(self, figures: dict[str, float], step: int) -> None:
         self.accelerator.log(figures, step=step)

@@ -50,7 +50,7 @@ class OptimizerSession:
         """Build its plan for the model as the trainer has wrapped it, which ``must`` be possible now. Collective."""
         raise NotImplementedError
 
-    def accumulation(self) -> tuple[int, Any]:
+    def accumulation(self) -> tuple[float, Any]:
         """By how many micro-batches the loop divides the loss, and the gradient scaler, if any."""
         raise NotImplementedError
 
@@ -120,10 +120,13 @@ class OptimizerSession:
         if self._recorded.get(optimizer) == optimizer.steps:
             return  # a later part of the same step, or a step that was skipped
         self._recorded[optimizer] = optimizer.steps
+        self.record(self.figures(optimizer), optimizer.steps)
+
+    def figures(self, optimizer: SecondOrderOptimizer) -> dict[str, float]:
+        """Its ``diagnostics()`` under the names that trackers get."""
         optimizers = self.optimizers
         middle = f"{optimizers.index(optimizer)}/" if len(optimizers) > 1 else ""
-        figures = {f"{PREFIX}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
-        self.record(figures, optimizer.steps)
+        return {f"{PREFIX}{middle}{name}": value for name, value in optimizer.diagnostics().items()}
 
 
 def innermost(optimizer: Any) -> Any:

@@ -30,7 +30,7 @@ class LayeredOptimizer(LayerDirections):
         super()._reset_runtime()
         self._recorder: Recorder | None = None
         self._release: Any = None  # takes its hooks off the model, once
-        self._micro_batches = 1
+        self._micro_batches = 1.0
         self._scaler: Any = None
         self._captured: set[str] = set()  # layers that some rank has seen in this step
         self._named: set[str] = set()  # layers of which a warning was given
@@ -99,15 +99,16 @@ class LayeredOptimizer(LayerDirections):
         super()._install_plan(plan, layout)
         self._set_recording()
 
-    def accumulate(self, micro_batches: int, scaler: Any = None) -> None:
+    def accumulate(self, micro_batches: float, scaler: Any = None) -> None:
         """Say what the loss is divided by, and scaled by, before ``backward()``; front doors do it.
 
         Args:
             micro_batches: by which each micro-batch's loss is divided; 1 where losses are accumulated undivided.
+                Under DeepSpeed beside what it divides by.
             scaler: the ``torch.amp.GradScaler``, if any: layers see gradients with its scale.
         """
-        if not micro_batches >= 1:
-            raise ValueError(f"micro_batches={micro_batches}: must be at least 1")
+        if not micro_batches > 0:
+            raise ValueError(f"micro_batches={micro_batches}: must be above 0")
         self._micro_batches, self._scaler = micro_batches, scaler
 
     def observe_outputs(self, outputs: Any) -> None:

@@ -1,0 +1,144 @@
+"""What a Transformers Trainer needs so that its optimizer is a second-order one; imports transformers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
+from lightning_soo.integrations.accelerate_session import Session
+from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
+from lightning_soo.integrations.session import innermost
+from lightning_soo.integrations.transformers import SecondOrderFactory
+from lightning_soo.integrations.transformers_arguments import read_optim_args, refuse_optimizer
+from lightning_soo.optim.base import SecondOrderOptimizer
+
+
+def install_trainer() -> None:
+    """Let every Trainer that opts in, by its arguments or by ``SOO_CONFIG``, train to second order; once."""
+    if hasattr(Trainer.create_optimizer, "second_order"):
+        return
+    create, save, load = (
+        Trainer.create_optimizer,
+        Trainer._save_optimizer_and_scheduler,
+        Trainer._load_optimizer_and_scheduler,
+    )
+
+    @functools.wraps(create)
+    def create_optimizer(self: Any, *arguments: Any, **options: Any) -> Any:
+        config, rest = configuration_of(self)
+        if config is not None and self.optimizer is None and not _has_own_class(self):
+            refuse_optimizer(self.args)
+        with _as_the_trainer_knows_it(self, rest):
+            optimizer = create(self, *arguments, **options)
+        if config is not None or isinstance(innermost(optimizer), SecondOrderOptimizer):
+            _bind(self, Session.of(self.accelerator, config))
+        return optimizer
+
+    @functools.wraps(save)
+    def save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        session = _session(self)
+        if session is not None:
+            on_each_node = bool(self.args.save_on_each_node)
+            save_preconditioners(self.accelerator, session.optimizers, output_dir, on_each_node=on_each_node)
+        save(self, output_dir)
+
+    @functools.wraps(load)
+    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        load(self, checkpoint)
+        session = _session(self)
+        if session is not None and checkpoint is not None:
+            load_preconditioners(self.accelerator, session.optimizers, checkpoint)
+
+    create_optimizer.second_order = True  # type: ignore[attr-defined]
+    Trainer.create_optimizer = create_optimizer
+    Trainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
+    Trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
+
+
+def configuration_of(trainer: Any) -> tuple[Config | None, str | None]:
+    """What a Trainer is asked for, by whichever door, and its ``optim_args`` without it.
+
+    Raises:
+        ValueError: two doors that disagree, or a configuration that is refused.
+    """
+    from_arguments, rest = read_optim_args(trainer.args.optim_args, str(trainer.args.optim.value))
+    pair = trainer.optimizer_cls_and_kwargs
+    from_code = pair[1]["config"] if pair is not None and pair[0] is SecondOrderFactory else None
+    from_environment = load_config() if os.environ.get(ENVIRONMENT_VARIABLE) else None
+    found = [config for config in (from_code, from_arguments, from_environment) if config is not None]
+    for other in found[1:]:
+        if other != found[0]:
+            raise ValueError(
+                f"two configurations for one Trainer: {found[0].source} and {other.source}. Opt in once: by "
+                f"optimizer_cls_and_kwargs, by optim_args, or by {ENVIRONMENT_VARIABLE}"
+            )
+    return (found[0] if found else None), rest
+
+
+class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
+    """Gives ``diagnostics()`` to ``Trainer.log`` every ``monitor`` steps, and stops background work at the end."""
+
+    def __init__(self, trainer: Any, session: Session) -> None:
+        self._trainer = weakref.ref(trainer)
+        self.session = session
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        interval = self.session.config.monitor if self.session.config is not None else None
+        trainer = self._trainer()
+        if not interval or trainer is None or state.global_step % interval:
+            return
+        should_log = control.should_log
+        for optimizer in self.session.optimizers:
+            trainer.log(self.session.figures(optimizer))
+        control.should_log = should_log  # which Trainer.log takes as done: the loss would not be logged
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for optimizer in self.session.optimizers:
+            optimizer.close()
+
+
+def _has_own_class(trainer: Any) -> bool:
+    pair = trainer.optimizer_cls_and_kwargs
+    return pair is not None and pair[0] is not SecondOrderFactory
+
+
+@contextmanager
+def _as_the_trainer_knows_it(trainer: Any, optim_args: str | None) -> Iterator[None]:
+    """Without our factory and our part of ``optim_args``: it builds the AdamW of its arguments."""
+    pair, given = trainer.optimizer_cls_and_kwargs, trainer.args.optim_args
+    if not _has_own_class(trainer):
+        trainer.optimizer_cls_and_kwargs = None
+    trainer.args.optim_args = optim_args
+    try:
+        yield
+    finally:
+        trainer.optimizer_cls_and_kwargs, trainer.args.optim_args = pair, given
+
+
+def _bind(trainer: Any, session: Session) -> None:
+    """What the session cannot see from Accelerate: what losses are divided by, and where metrics go."""
+    known = weakref.ref(trainer)
+
+    def divisor() -> float:
+        # a loss over num_items_in_batch, summed over micro-batches, is as much smaller as a mean that is divided
+        trainer = known()
+        return float(getattr(trainer, "current_gradient_accumulation_steps", 1))
+
+    session.loss_divisor = divisor
+    callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, SecondOrderCallback)]
+    if not any(one.session is session for one in callbacks):
+        for one in callbacks:  # of an Accelerator that a search for hyperparameters has replaced
+            trainer.remove_callback(one)
+        trainer.add_callback(SecondOrderCallback(trainer, session))
+
+
+def _session(trainer: Any) -> Session | None:
+    session: Session | None = vars(trainer.accelerator).get("_second_order")
+    return session
