@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
+from lightning_soo.callbacks.base import Callback
+from lightning_soo.integrations.trainer import second_order_optimizers
 
-from lightning_soo.callbacks.second_order import second_order_optimizers
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
-class PreconditionerMonitor(pl.Callback):
+class PreconditionerMonitor(Callback):
     """Logs condition number, root residual, staleness, refresh and waiting seconds, refreshes in flight, restarts of
     workers, graft ratio and the preconditioned share. The progress bar shows ``refresh_wait`` (seconds since the last
     record), and only after training had to wait for a refresh that was to be ready.

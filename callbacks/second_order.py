@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
 
+from lightning_soo.callbacks.base import Callback
+from lightning_soo.callbacks.monitor import PreconditionerMonitor
+from lightning_soo.callbacks.options import keyword_types
 from lightning_soo.checkpoint.preconditioners import (
     PRECONDITIONERS,
     collect_preconditioners,
     restore_preconditioners,
 )
+from lightning_soo.config import Config, Source, load_config
+from lightning_soo.integrations.trainer import (
+    data_workers,
+    is_ours,
+    say_accumulation,
+    say_batch,
+    second_order_optimizers,
+)
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
-from lightning_soo.strategies.evaluation import say_batch
-from lightning_soo.strategies.mixin import SecondOrderStrategyMixin, data_workers, say_accumulation
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
-class SecondOrder(pl.Callback):
+class SecondOrder(Callback):
     """Takes over the AdamW, Adam or SGD that ``configure_optimizers`` returns; learning rate, decay, parameter groups
     and schedulers stay as they are.
 
     Args:
-        method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``.
+        method: ``"shampoo"`` (where neither this nor ``config`` says otherwise), ``"soap"``, ``"sonew"`` or ``"kfac"``.
+        config: what :func:`lightning_soo.load_config` takes, such as the name of a file; ``method`` and ``options``
+            that are given here win. With ``monitor`` it logs as :class:`PreconditionerMonitor` does.
         options: options of the optimizer, see :class:`lightning_soo.Shampoo`, ``SOAP``, ``SONew`` and ``KFAC``.
 
     Raises:
-        ValueError: unknown method or option, with the nearest name.
+        TypeError: unknown option, with the nearest name.
+        ValueError: unknown method, a value that is refused, or a configuration that is.
     """
 
-    def __init__(self, method: str = "shampoo", **options: Any) -> None:
-        check_method(method, options)
-        self.method = method
+    def __init__(self, method: str | None = None, config: Source | Config = None, **options: Any) -> None:
+        monitor = None
+        if config is not None:
+            read = config if isinstance(config, Config) else load_config(config)
+            kept = read.options if method in (None, read.method) else {}
+            method, options, monitor = method or read.method, {**kept, **options}, read.monitor
+        check_method(method or "shampoo", options)
+        self.method = method or "shampoo"
         self.options = options
+        self._monitor = PreconditionerMonitor(monitor) if monitor is not None else None
         self._wrapped: Any = None
+
+    __init__.__annotations__["options"] = keyword_types()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         original = pl_module.configure_optimizers
@@ -45,28 +68,32 @@ class SecondOrder(pl.Callback):
         def configure_optimizers() -> Any:
             configured = original()
             for optimizer in find_optimizers(configured):
-                take_over(optimizer, self.method, dict(self.options), pl_module)
+                self.take_over(optimizer, pl_module)
             return configured
 
         configure_optimizers.second_order = pl_module.__dict__.get("configure_optimizers")  # type: ignore[attr-defined]
         self._wrapped = configure_optimizers
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
+    def take_over(self, optimizer: torch.optim.Optimizer, pl_module: pl.LightningModule) -> None:
+        """Convert one optimizer in place, unless it is second-order already."""
+        take_over(optimizer, self.method, dict(self.options), pl_module)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the plan for the model as it is wrapped now, before a checkpoint is loaded."""
         found = second_order_optimizers(trainer)
         if not found:
             raise RuntimeError("SecondOrder found no optimizer to take over: configure_optimizers returned none")
-        if isinstance(trainer.strategy, SecondOrderStrategyMixin):
+        if is_ours(trainer.strategy):
             return  # it has attached them
         for optimizer in found:
             optimizer.attach(trainer.strategy.model, None if trainer.world_size > 1 else "single")
-            if isinstance(trainer.strategy, DDPStrategy):
+            if isinstance(trainer.strategy.model, DistributedDataParallel):
                 optimizer.remember(pl_module)  # which outlives the wrapper
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Only now the Trainer has asked a data module for its loaders, whose processes take cores."""
-        if isinstance(trainer.strategy, SecondOrderStrategyMixin):
+        if is_ours(trainer.strategy):
             return
         for optimizer in second_order_optimizers(trainer):
             optimizer.data_workers = data_workers(trainer)
@@ -77,12 +104,18 @@ class SecondOrder(pl.Callback):
         say_accumulation(found, trainer)
         say_batch(found, trainer, batch, index)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._monitor is not None:
+            self._monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Gather what other ranks hold; Lightning calls this on every rank, after it asked for optimizer states."""
         states = checkpoint.get("optimizer_states")
-        if states is None or trainer.world_size == 1 or isinstance(trainer.strategy, SecondOrderStrategyMixin):
+        if states is None or trainer.world_size == 1 or is_ours(trainer.strategy):
             return
         found = second_order_optimizers(trainer)
         if any(optimizer.is_sharded for optimizer in found):
@@ -98,7 +131,7 @@ class SecondOrder(pl.Callback):
     ) -> None:
         """Engines that shard the state have loaded their part by now; the rest is ours."""
         found = second_order_optimizers(trainer)
-        if isinstance(trainer.strategy, SecondOrderStrategyMixin) or not any(one.is_sharded for one in found):
+        if is_ours(trainer.strategy) or not any(one.is_sharded for one in found):
             return
         restore_preconditioners(found, trainer.strategy.broadcast(checkpoint.get(PRECONDITIONERS)))
 
@@ -118,11 +151,3 @@ class SecondOrder(pl.Callback):
         self._wrapped = None
         for optimizer in second_order_optimizers(trainer):
             optimizer.close()
-
-
-def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
-    """The trainer's optimizers that are ours, or those inside an engine's own optimizer."""
-    if isinstance(trainer.strategy, SecondOrderStrategyMixin):
-        return trainer.strategy.second_order_optimizers
-    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]  # DeepSpeed wraps it
-    return [optimizer for optimizer in inner if isinstance(optimizer, SecondOrderOptimizer)]

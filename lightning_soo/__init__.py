@@ -1,14 +1,18 @@
 """Second-order training for PyTorch Lightning and Accelerate."""
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_soo._version import __version__
-from lightning_soo.config import Config, from_config, load_config
-from lightning_soo.optim.kfac import KFAC
-from lightning_soo.optim.refreshing import RefreshError
-from lightning_soo.optim.shampoo import Shampoo
-from lightning_soo.optim.soap import SOAP
-from lightning_soo.optim.sonew import SONew
-from lightning_soo.refresh.workers import WorkerOptions
-from lightning_soo.transport.agreement import AgreementError
+
+if TYPE_CHECKING:
+    from lightning_soo.config import Config, from_config, load_config
+    from lightning_soo.optim.kfac import KFAC
+    from lightning_soo.optim.refreshing import RefreshError
+    from lightning_soo.optim.shampoo import Shampoo
+    from lightning_soo.optim.soap import SOAP
+    from lightning_soo.optim.sonew import SONew
+    from lightning_soo.refresh.workers import WorkerOptions
+    from lightning_soo.transport.agreement import AgreementError
 
 __all__ = [
     "KFAC",
@@ -23,3 +27,30 @@ __all__ = [
     "from_config",
     "load_config",
 ]
+
+# imported when asked for: every Lightning Trainer imports this package by its entry point (autoload)
+_MODULES = {
+    "AgreementError": "transport.agreement",
+    "Config": "config",
+    "KFAC": "optim.kfac",
+    "RefreshError": "optim.refreshing",
+    "SOAP": "optim.soap",
+    "SONew": "optim.sonew",
+    "Shampoo": "optim.shampoo",
+    "WorkerOptions": "refresh.workers",
+    "from_config": "config",
+    "load_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -92,12 +92,13 @@ class Config:
         return None
 
 
-def load_config(source: Source = None) -> Config:
+def load_config(source: Source = None, variable: str = ENVIRONMENT_VARIABLE) -> Config:
     """Read a configuration.
 
     Args:
         source: path of a yaml or json file; yaml text; ``"method=shampoo,precondition_frequency=50"``; the name of a
-            method; a mapping; None is what the environment variable ``SOO_CONFIG`` says.
+            method; a mapping; None is what the environment variable says.
+        variable: its name.
 
     Raises:
         ValueError: no configuration, or one that is refused; names the source and the key.
@@ -107,11 +108,11 @@ def load_config(source: Source = None) -> Config:
         return Config.from_mapping(source)
     origin = ""
     if source is None:
-        source, origin = os.environ.get(ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE}: "
+        source, origin = os.environ.get(variable), f"{variable}: "
         if not source:
             raise ValueError(
-                f"no configuration: give one, or set the environment variable {ENVIRONMENT_VARIABLE} to a file or to "
-                "a line such as method=shampoo,precondition_frequency=50"
+                f"no configuration: give one, or set the environment variable {variable} to a file or to a "
+                "line such as method=shampoo,precondition_frequency=50"
             )
     text, name = os.fspath(source), origin + os.fspath(source)
     if "\n" not in text and Path(text).is_file():

@@ -89,7 +89,9 @@ class LayeredOptimizer(LayerDirections):
             name = type(self).__name__
             raise ValueError(
                 f"{name} looks at a model's layers: build it with the model, {name}(model, ...), or call "
-                "optimizer.attach(model) before the first forward pass"
+                "optimizer.attach(model) before the first forward pass. Where there are only parameters, as for the "
+                "optimizer of LightningCLI, write the callback lightning_soo.callbacks.SecondOrder with method: "
+                f"{name.lower()}"
             )
         return self._recorder
 

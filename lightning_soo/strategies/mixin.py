@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,15 +13,12 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils._pytree import tree_iter
-from torch.utils.data import DataLoader
 
 from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
+from lightning_soo.integrations.trainer import data_workers, say_accumulation, say_batch
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
-from lightning_soo.strategies.evaluation import say_batch
 
 
 class SecondOrderStrategyMixin(ParallelStrategy):
@@ -158,16 +155,3 @@ class SecondOrderStrategyMixin(ParallelStrategy):
             saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
             restore_preconditioners(self.second_order_optimizers, saved)
         return checkpoint
-
-
-def say_accumulation(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer) -> None:
-    """Tell optimizers that look at single examples what the Trainer divides and scales losses by."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, LayeredOptimizer):
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            optimizer.accumulate(trainer.accumulate_grad_batches, scaler)
-
-
-def data_workers(trainer: pl.Trainer) -> int:
-    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
-    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))

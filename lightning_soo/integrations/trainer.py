@@ -1,0 +1,73 @@
+"""What a Lightning Trainer, under either of its package names, knows and optimizers want to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+from torch.utils.data import DataLoader
+
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.layered import LayeredOptimizer
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
+    """The trainer's optimizers that are ours, or those inside an engine's own optimizer."""
+    if is_ours(trainer.strategy):
+        found: list[SecondOrderOptimizer] = trainer.strategy.second_order_optimizers  # type: ignore[attr-defined]
+        return found
+    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]  # DeepSpeed wraps it
+    return [optimizer for optimizer in inner if isinstance(optimizer, SecondOrderOptimizer)]
+
+
+def is_ours(strategy: Any) -> bool:
+    """Whether a strategy attaches, saves and closes second-order optimizers itself."""
+    return hasattr(strategy, "second_order_optimizers")  # its class would have to be imported
+
+
+def say_accumulation(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer) -> None:
+    """Tell optimizers that look at single examples what the Trainer divides and scales losses by."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LayeredOptimizer):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            optimizer.accumulate(trainer.accumulate_grad_batches, scaler)
+
+
+def data_workers(trainer: pl.Trainer) -> int:
+    """Data loading processes of this rank, in any collection of loaders; known from ``on_train_start`` on."""
+    return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))
+
+
+def say_batch(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer, batch: Any, index: int) -> None:
+    """Give optimizers with an adaptive damping what evaluates this batch; nothing to others."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LayeredOptimizer) and optimizer.options.adaptive_damping is not None:
+            optimizer.evaluate = evaluator(trainer, batch, index)
+
+
+def evaluator(trainer: pl.Trainer, batch: Any, index: int) -> Callable[[], Tensor]:
+    """The loss of the batch at hand once more, for optimizers that compare it before and after a step: a function that
+    runs ``training_step`` on it again, without gradients and without logging."""
+
+    def evaluate() -> Tensor:
+        module = trainer.lightning_module
+        module.log = _no_log  # type: ignore[method-assign]
+        try:
+            with torch.no_grad(), trainer.precision_plugin.train_step_context():
+                output = trainer.strategy.training_step(batch, index)
+        finally:
+            del module.log
+        loss = cast(Tensor, output["loss"] if isinstance(output, dict) else output)
+        return loss
+
+    return evaluate
+
+
+def _no_log(*args: Any, **options: Any) -> None:
+    """What was logged for this batch counts once."""
