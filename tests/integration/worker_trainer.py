@@ -14,12 +14,13 @@ import torch.distributed as dist
 from launching import leave
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from plain_loop import BATCH, EPOCHS, make_data, make_net
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
 
-RANKS, BATCH, EPOCHS = 2, 4, 2
+RANKS = 2
 OPTIONS: dict[str, Any] = {
     "precondition_frequency": 4,
     "start_preconditioning_step": 2,
@@ -36,16 +37,6 @@ COMBINATIONS = [
     ("bf16-mixed", None, True, 2),
     ("bf16-mixed", 0.1, False, 1),
 ]
-
-
-def make_net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-
-
-def make_data() -> TensorDataset:
-    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x[:, :3].sin())
 
 
 class Model(L.LightningModule):
