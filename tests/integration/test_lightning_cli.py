@@ -172,8 +172,8 @@ def test_what_is_printed_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureF
     assert printed[0] == printed[1]
     (callback,) = yaml.safe_load(printed[0])["trainer"]["callbacks"]
     assert callback == {**given, "init_args": {"config": None, **given["init_args"]}}
-    (built,) = [one for one in cli(tmp_path, {}, "--config", str(tmp_path / "printed.yaml"), run=False).trainer.callbacks
-                if isinstance(one, SecondOrder)]  # fmt: skip
+    again = cli(tmp_path, {}, "--config", str(tmp_path / "printed.yaml"), run=False).trainer.callbacks
+    (built,) = [one for one in again if isinstance(one, SecondOrder)]
     assert built.method == "kfac" and built.options.keys() == given["init_args"].keys() - {"method"}
 
 
