@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accelerate_launching import LAUNCH, environment_of, free_port, launch_command
+from accelerate_script import train
 from test_accelerate import CONFIGS, SMALL, assert_same, plain_loop
+
+from lightning_soo.integrations.accelerate import prepare
 
 SCRIPT = Path(__file__).parent / "accelerate_script.py"
 ALONE = ["--num_processes", "2", "--mixed_precision", "no"]  # one process on each
@@ -27,7 +31,8 @@ def check(folder: Path, method: str) -> None:
         assert_same(found["resumed"], expected)
 
 
-def test_a_launcher_on_each_machine(tmp_path: Path) -> None:
+def test_a_launcher_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one process goes on from what both have saved."""
     config = tmp_path / "soo.yaml"
     config.write_text(json.dumps(CONFIGS["shampoo"]))
     place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
@@ -50,6 +55,9 @@ def test_a_launcher_on_each_machine(tmp_path: Path) -> None:
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     check(tmp_path, "shampoo")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    alone = functools.partial(prepare, config=CONFIGS["shampoo"])
+    assert_same(train(tmp_path / "state", resume=True, seed=7, prepare=alone), plain_loop("shampoo"))
     assert "middle.weight" in outputs[0] and "middle.weight" not in outputs[1]  # the plan, from the main process
 
 
