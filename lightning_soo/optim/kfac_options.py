@@ -52,6 +52,11 @@ class KFACOptions(ShampooOptions):
             raise ValueError(f"damping={self.damping}: must be above 0")
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"kl_clip={self.kl_clip}: must be above 0, or None for no bound")
+        if self.adaptive_damping is not None and self.grafting is not None:
+            raise ValueError(
+                f"adaptive_damping has no effect with grafting={self.grafting!r}, which an AdamW that is taken over "
+                "gives: take over SGD, set grafting to None, or leave adaptive_damping out"
+            )
         if not 0 < self.kl_clip_decay <= 1:
             raise ValueError(f"kl_clip_decay={self.kl_clip_decay}: must be in (0, 1]")
         if not 0 <= self.factor_decay < 1:

@@ -560,6 +560,8 @@ def test_adaptive_damping_without_a_loss_says_what_to_do() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match=r"did you mean 'interval'"):
         KFAC(layer, adaptive_damping={"intervals": 1})
+    with pytest.raises(ValueError, match="no effect with grafting='adam'"):
+        KFAC(layer, adaptive_damping=True, grafting="adam")
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
