@@ -39,7 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     fabric = Fabric(**{key: value for key in ("strategy", "devices") if (value := getattr(arguments, key)) is not None})
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already, and refuses a second time
+        fabric.launch()
     ranks = fabric.world_size
     fabric.seed_everything(0, verbose=False)
     model = SmallGPT(length=LENGTH)

@@ -42,7 +42,6 @@ def train(fabric: Fabric, config: str) -> tuple[nn.Module, torch.optim.Optimizer
 if __name__ == "__main__":
     for strategy in sys.argv[3:]:
         fabric = Fabric(strategy=strategy)
-        fabric.launch()
         module, optimizer = train(fabric, sys.argv[2])
         whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
         if fabric.is_global_zero:
