@@ -17,7 +17,10 @@ from lightning_soo.integrations.accelerate_state import load_preconditioners, sa
 from lightning_soo.integrations.session import innermost
 from lightning_soo.integrations.transformers import SecondOrderFactory
 from lightning_soo.integrations.transformers_arguments import read_optim_args, refuse_optimizer
+from lightning_soo.integrations.transformers_losses import LossDivisor
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.layered import LayeredOptimizer
+from lightning_soo.optim.takeover import METHODS
 
 
 def install_trainer() -> None:
@@ -102,6 +105,7 @@ class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for optimizer in self.session.optimizers:
             optimizer.close()
+        _unbind(self.session)
 
 
 def _has_own_class(trainer: Any) -> bool:
@@ -124,19 +128,21 @@ def _as_the_trainer_knows_it(trainer: Any, optim_args: str | None) -> Iterator[N
 
 def _bind(trainer: Any, session: Session) -> None:
     """What the session cannot see from Accelerate: what losses are divided by, and where metrics go."""
-    known = weakref.ref(trainer)
-
-    def divisor() -> float:
-        # a loss over num_items_in_batch, summed over micro-batches, is as much smaller as a mean that is divided
-        trainer = known()
-        return float(getattr(trainer, "current_gradient_accumulation_steps", 1))
-
-    session.loss_divisor = divisor
+    _unbind(session)
+    method = session.config.method if session.config is not None else type(innermost(trainer.optimizer)).method
+    if issubclass(METHODS[method], LayeredOptimizer):
+        session.loss_divisor = LossDivisor(trainer, trainer.model)
     callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, SecondOrderCallback)]
     if not any(one.session is session for one in callbacks):
         for one in callbacks:  # of an Accelerator that a search for hyperparameters has replaced
             trainer.remove_callback(one)
         trainer.add_callback(SecondOrderCallback(trainer, session))
+
+
+def _unbind(session: Session) -> None:
+    if isinstance(session.loss_divisor, LossDivisor):
+        session.loss_divisor.close()
+    session.loss_divisor = None
 
 
 def _session(trainer: Any) -> Session | None:

@@ -35,7 +35,7 @@ GLOBAL_BATCH, LENGTH, MASK = 24, 64, VOCABULARY
 class Arguments(TrainingArguments):
     """TrainingArguments with defaults for a run of half a minute."""
 
-    output_dir: str = "runs/transformers_trainer"
+    output_dir: str = "results"
     max_steps: int = 60
     learning_rate: float = 2e-3
     weight_decay: float = 0.01

@@ -224,13 +224,39 @@ def test_means_are_divided(tmp_path: Path) -> None:
     assert_same(ends[1], ends[0])
 
 
+def make_bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=23, max_position_embeddings=10, **sizes, **dropout)
+    )
+
+
+def test_a_model_that_ignores_the_number_of_items(tmp_path: Path) -> None:
+    """BERT's gradients grow with accumulation, which clipping undoes; K-FAC's factors do not."""
+    rows = [Counting()[index]["input_ids"] for index in range(len(Counting()))]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    options = {name: value for name, value in CONFIGS["kfac"].items() if name not in ("method", "overrides")}
+    overrides = [{"match": "position_embeddings|token_type", "method": "none"}]
+    ends = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        trainer = Trainer(
+            make_bert(),
+            arguments(tmp_path, save_strategy="no", **{**settings, "max_grad_norm": 1e-2}),
+            train_dataset=data,
+            optimizer_cls_and_kwargs=second_order("kfac", **options, overrides=overrides),
+        )
+        trainer.train()
+        ends.append((whole(trainer), []))
+    assert_same(ends[1], ends[0])
+
+
 def test_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """LoRA: what the plan shows, and the frozen model does not move; masked language modelling with BERT."""
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.BertConfig(vocab_size=23, max_position_embeddings=10, **sizes)
-    model = transformers.BertForMaskedLM(config)
+    model = make_bert()
     before = {name: value.clone() for name, value in model.named_parameters()}
     lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], lora_dropout=0.0)
     adapted = peft.get_peft_model(model, lora)
