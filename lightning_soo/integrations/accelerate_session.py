@@ -13,7 +13,7 @@ from torch import nn
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
 from lightning_soo.integrations.accelerate_evaluation import ModelLoss, adapts_damping
 from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
-from lightning_soo.integrations.deepspeed_config import accept_optimizer, clipping_remark
+from lightning_soo.integrations.deepspeed_config import accept_optimizer, clipping_remark, find_second_order
 from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.layered import LayeredOptimizer
@@ -78,14 +78,21 @@ class Session(OptimizerSession):
         return [optimizer for optimizer in inner if isinstance(optimizer, SecondOrderOptimizer)]
 
     def prepare(self, objects: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Prepare by Accelerate; optimizers are taken over where the engine leaves them."""
+        """Prepare by Accelerate; optimizers are taken over where the engine leaves them.
+
+        Raises:
+            ValueError: no configuration of second order, or two; that of DeepSpeed may have it under ``"soo"``.
+        """
+        if self._uses_deepspeed:
+            settings = self.accelerator.deepspeed_plugin.deepspeed_config
+            self.config = find_second_order(settings, "the DeepSpeed configuration", self.config)
         given = [one for one in objects if isinstance(one, torch.optim.Optimizer)]
         for optimizer in given:  # while nothing has changed
             self.check(innermost(optimizer))
         if self._uses_deepspeed and given:  # its own optimizer will hide them, and has to accept them
             for optimizer in given:
                 self.take_over(innermost(optimizer))
-            accept_optimizer(self.accelerator.deepspeed_plugin.deepspeed_config)
+            accept_optimizer(settings)
         self.is_preparing = True
         try:
             prepared = self.accelerator.prepare(*objects, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_soo.config import parse_yaml
+from lightning_soo.integrations.deepspeed_config import SECTION, find_second_order
 from lightning_soo.integrations.packages import require_accelerate
 from lightning_soo.naming import nearest
 
@@ -152,6 +153,11 @@ def _deepspeed_problems(config: Mapping[str, Any], folder: Path) -> Iterator[str
     except json.JSONDecodeError as error:
         yield f"{path}: not JSON: {error}"
         return
+    if SECTION in inner:
+        try:
+            find_second_order(inner, str(path), None)
+        except ValueError as error:
+            yield str(error)
     if "optimizer" in inner:
         yield f"{path}: has an 'optimizer', which cannot be taken over: remove it, the script builds AdamW"
     yield from _clipping(str(path), inner)

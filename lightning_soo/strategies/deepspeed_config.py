@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_soo.integrations.deepspeed_config import accept_optimizer
+from lightning_soo.integrations.deepspeed_config import SECTION, accept_optimizer
 
 
 class NumberedDevice:
@@ -35,8 +35,13 @@ def prepare_config(config: dict[str, Any]) -> None:
     """Let ``config`` accept an optimizer that is not DeepSpeed's own, offloaded or not; what it says itself stays.
 
     Raises:
-        ValueError: the configuration builds its own optimizer.
+        ValueError: the configuration builds its own optimizer, or says of second order what nobody would read.
     """
+    if SECTION in config:
+        raise ValueError(
+            f"the DeepSpeed configuration has {SECTION!r}, which only lightning_soo.integrations.deepspeed and "
+            "Accelerate read: give the strategy method=... and options={...}, or use the SecondOrder callback"
+        )
     if "optimizer" in config:
         raise ValueError(
             "the DeepSpeed configuration has an 'optimizer', which cannot be taken over: remove it, and return an "

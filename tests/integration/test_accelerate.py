@@ -206,6 +206,22 @@ def test_launches_that_accelerate_changes(tmp_path: Path, engine: str, environme
     assert run.returncode != 0 and words in run.stderr, run.stderr[-3000:]
 
 
+def test_deepspeeds_own_configuration_says_it(tmp_path: Path) -> None:
+    """Its key "soo", without ``SOO_CONFIG``; one that differs from ``SOO_CONFIG`` is an error."""
+    pytest.importorskip("deepspeed")
+    section = {"method": "shampoo", "precondition_frequency": 2}
+    batch = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    (tmp_path / "ds.json").write_text(json.dumps({**batch, "zero_optimization": {"stage": 1}, "soo": section}))
+    engine = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}}
+    (tmp_path / "launch.json").write_text(json.dumps({**engine, "num_machines": 1, "num_processes": 1}))
+    (tmp_path / "user.py").write_text(PREPARED)
+    program = ["-m", "lightning_soo.launch", tmp_path / "user.py"]
+    run = launch(tmp_path / "launch.json", *program)
+    assert run.returncode == 0 and "zero-1" in run.stdout and "1 of 3x3" in run.stdout, run.stderr[-3000:]
+    run = launch(tmp_path / "launch.json", *program, SOO_CONFIG="method=soap")
+    assert run.returncode != 0 and "two configurations for one DeepSpeed engine" in run.stderr, run.stderr[-3000:]
+
+
 def test_the_recipe(tmp_path: Path) -> None:
     """Sharded it ends where one process does, and not where AdamW does."""
 

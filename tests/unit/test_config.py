@@ -171,12 +171,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             },
             "has an 'optimizer'",
         ),
+        (
+            {
+                "distributed_type": "DEEPSPEED",
+                "mixed_precision": None,
+                "deepspeed_config": {"deepspeed_config_file": "ds.json"},
+            },
+            "did you mean 'damping'",
+        ),
     ],
 )
 def test_traps_of_launch_configurations(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     file = tmp_path / "launch.yaml"
     file.write_text(yaml.safe_dump({**GOOD, **changes}))
-    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "Adam"}, "gradient_clipping": 0.0}))
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"optimizer": {"type": "Adam"}, "soo": {"method": "kfac", "dampng": 1}, "gradient_clipping": 0.0})
+    )
     problems = launch_problems(file)
     assert any(words in problem and "launch.yaml" in problem for problem in problems), problems
 

@@ -41,3 +41,5 @@ def test_deepspeed_configuration() -> None:
     assert given == {"zero_optimization": {"stage": 1}}
     with pytest.raises(ValueError, match="has an 'optimizer', which cannot be taken over"):
         strategies.SecondOrderDeepSpeedStrategy(config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(ValueError, match=r"'soo', which only .* read: give the strategy method="):
+        strategies.SecondOrderDeepSpeedStrategy(config={"soo": {"method": "kfac"}})
