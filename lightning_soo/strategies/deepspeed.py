@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_soo.strategies.deepspeed_config import (
     NumberedDevice,
-    check_accelerator,
+    prepare_accelerator,
     prepare_config,
 )
 from lightning_soo.strategies.mixin import SecondOrderStrategyMixin
@@ -39,7 +39,7 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
         if self.root_device.type == "cuda":
             super().setup_environment()
             return
-        check_accelerator(self.root_device)
+        prepare_accelerator(self.root_device)
         self._forget_placeholder()
         super(DeepSpeedStrategy, self).setup_environment()  # without the refusal
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_soo.integrations.cpu import skip_compilation
 from lightning_soo.integrations.deepspeed_config import SECTION, accept_optimizer
 
 
@@ -50,8 +51,10 @@ def prepare_config(config: dict[str, Any]) -> None:
     accept_optimizer(config)
 
 
-def check_accelerator(device: torch.device) -> None:
-    """
+def prepare_accelerator(device: torch.device) -> None:
+    """Let DeepSpeed run on `device`; on a CPU nothing is compiled, which takes a minute, and for ever where an earlier
+    compilation was killed.
+
     Raises:
         RuntimeError: DeepSpeed has chosen another kind of device, which cannot be changed any more.
     """
@@ -63,3 +66,5 @@ def check_accelerator(device: torch.device) -> None:
             f"DeepSpeed runs on {chosen!r} while training is to run on {device.type!r}: set the environment variable "
             f"DS_ACCELERATOR={device.type} before deepspeed is imported"
         )
+    if device.type == "cpu":
+        skip_compilation()

@@ -225,9 +225,6 @@ def main(engine: str, out: Path) -> None:
     torch.set_num_threads(1)
     if engine.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute
     Bare.outside = engine != "zero3"
     results = {}
     for precision, clip, accumulate in COMBINATIONS:

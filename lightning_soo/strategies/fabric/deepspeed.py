@@ -10,7 +10,7 @@ from lightning.fabric.utilities.seed import reset_seed
 
 from lightning_soo.strategies.deepspeed_config import (
     NumberedDevice,
-    check_accelerator,
+    prepare_accelerator,
     prepare_config,
 )
 from lightning_soo.strategies.fabric.mixin import FabricSecondOrderMixin
@@ -35,7 +35,7 @@ class FabricSecondOrderDeepSpeedStrategy(NumberedDevice, FabricSecondOrderMixin,
         if self.root_device.type == "cuda":
             super().setup_environment()
             return
-        check_accelerator(self.root_device)
+        prepare_accelerator(self.root_device)
         super(DeepSpeedStrategy, self).setup_environment()  # without the refusal
 
     def _setup_distributed(self) -> None:
