@@ -106,12 +106,12 @@ class Pairs(Dataset[tuple[str, str]]):
 
 def load(folder: Path | None, source: str, target: str, longest: int) -> tuple[Pairs, Pairs]:
     """Pairs for training and validation: of the folder, else of the Bible."""
-    parts = bible(folder) if folder is None or sword_texts(folder) else None
-    if parts is None:
-        assert folder is not None
-        return tuple(Pairs(*text_files(folder, part, source, target), longest) for part in ("train", "valid"))  # type: ignore[return-value]
+    if folder is not None and sword_texts(folder) is None:
+        train, held_out = (Pairs(*text_files(folder, part, source, target), longest) for part in ("train", "valid"))
+        return train, held_out
     if source not in MODULES or target not in ("", *MODULES) or source == target:
         raise SystemExit(f"the Bible is there in {' and '.join(MODULES)}, not from {source!r} to {target!r}")
+    parts = bible(folder)
     if source == "es":
         parts = [[(spanish, english) for english, spanish in part] for part in parts]
     train, held_out = (Pairs(*(Lines(side) for side in zip(*part, strict=True)), longest) for part in parts)
