@@ -118,6 +118,7 @@ def fit(
     settings: argparse.Namespace,
     *,
     per_example: float = 1.0,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> float:
     """Train with AdamW; returns the last validation loss.
 
@@ -125,6 +126,7 @@ def fit(
         measure: from model and batch the sum of the losses and the number of terms, tokens for example.
         per_example: terms in an example, on average: sums are divided by it and the examples, so that a step is the
             same however its batch is divided.
+        finish: called with the prepared model after the last step, on every process.
     """
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings)
@@ -164,6 +166,8 @@ def fit(
         write(settings.record, rows)
     if settings.save is not None:
         accelerator.save_state(str(settings.save))
+    if finish is not None:
+        finish(model)
     last = rows[-1]
     accelerator.print(f"validation loss {last['validation_loss']:.4f} after {step} steps, {last['seconds']:.1f} s")
     return last["validation_loss"]
