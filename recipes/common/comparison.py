@@ -203,6 +203,9 @@ class Comparison:
                 spent = 1e3 * (rows[-1].seconds - rows[0].seconds) / (rows[-1].step - rows[0].step)
                 times[contender.name].append(spent)
                 print(f"{contender.name}: {spent:.1f} ms a step", flush=True)
+            self._write_timing(times)  # after every turn: one that is stopped leaves whole turns
+
+    def _write_timing(self, times: dict[str, list[float]]) -> None:
         with (self.results / "timing.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["contender", "milliseconds", "smallest", "largest"])
