@@ -67,7 +67,7 @@ def _become(program: Program, output: Any) -> None:
     try:
         first, *rest = program.arguments
         if first == "-m":
-            sys.argv = rest
+            sys.argv, sys.path[0] = rest, os.getcwd()  # as ``python -m`` has it
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[0] = [first, *rest], str(Path(first).resolve().parent)
