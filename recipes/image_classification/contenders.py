@@ -51,6 +51,24 @@ PLAIN_128 = Settings(
     statistics_positions=64,
 )
 PLAIN_2048 = replace(KFAC_2048, normalization="none", kl_clip=5e-4)
+SHAMPOO_128 = Settings(
+    optimizer="shampoo",
+    beta2=0.99,
+    statistics_frequency=2,
+    precondition_frequency=20,
+    start_preconditioning_step=10,
+)
+VIT = Settings(
+    model="vit",
+    width=64,
+    lr=2e-3,
+    weight_decay=0.05,
+    beta2=0.99,
+    epochs=4,
+    statistics_frequency=2,
+    precondition_frequency=20,
+    start_preconditioning_step=10,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,13 @@ TUNED = (
     replace(PLAIN_128, lr=3e-3, epochs=4),
     replace(PLAIN_2048, lr=1e-2, epochs=4),
     Settings(optimizer="adamw", lr=2e-3, weight_decay=0.05, epochs=6),  # a usual choice, not tuned
+    replace(SHAMPOO_128, lr=0.1, epochs=4),
+    # usual choices too
+    replace(SHAMPOO_128, optimizer="soap", lr=3e-3, weight_decay=0.05, epochs=4),
+    Settings(optimizer="sonew", lr=2e-3, weight_decay=0.05, epochs=4),
+    *(replace(VIT, optimizer=name) for name in ("adamw", "soap", "sonew")),
+    replace(VIT, optimizer="shampoo", grafting="adam"),
+    Settings(model="resnet50", lr=0.1, epochs=6),
 )
 
 CONTENDERS = {

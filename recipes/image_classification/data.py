@@ -115,10 +115,18 @@ def split(training: Pictures, train_examples: int, validation_examples: int) -> 
 
 @dataclass(frozen=True)
 class Part:
-    """A batch to be made. Args: indices: of its pictures. seed: of their crops and flips; None for none."""
+    """A batch to be made.
+
+    Args:
+        indices: of its pictures, on all ranks together.
+        seed: of their crops and flips; None for none.
+        rank, ranks: whose share is made: each `ranks`-th picture, cut and flipped as one rank alone would.
+    """
 
     indices: Tensor
     seed: int | None = None
+    rank: int = 0
+    ranks: int = 1
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -135,8 +143,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
         count, (rows, columns) = len(part.indices), self.pictures.images.shape[1:3]
+        own = slice(part.rank, None, part.ranks)
         if part.seed is None:
-            images = self.pictures.images[part.indices]
+            images = self.pictures.images[part.indices[own]]
         else:
             generator = torch.Generator().manual_seed(part.seed)
             corners = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
@@ -145,25 +154,26 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
                 x = torch.where(torch.rand(count, 1, generator=generator) < 0.5, x, columns - 1 - x)
             y = corners[0] + torch.arange(rows)
             x = corners[1] + x
-            images = self.padded[part.indices[:, None, None], y[:, :, None], x[:, None, :]]
+            images = self.padded[part.indices[own, None, None], y[own, :, None], x[own, None, :]]
         normalised = (images.float() - self.mean) / self.std
-        return normalised.permute(0, 3, 1, 2), self.pictures.labels[part.indices]
+        return normalised.permute(0, 3, 1, 2), self.pictures.labels[part.indices[own]]
 
 
 class Parts(Sampler[Part]):
     """Batches without replacement, in an order given by seed and epoch; what does not fill a step is left out.
 
     Args:
-        batch_size: of one step; it is cut into `accumulate` parts.
+        batch_size: of one step; it is cut into `accumulate` parts, of which each of the `ranks` makes its share.
     """
 
-    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int) -> None:
-        if batch_size % accumulate:
-            raise SystemExit(f"--accumulate {accumulate} does not divide --batch-size {batch_size}")
+    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        if batch_size % (accumulate * ranks):
+            devices = f" times {ranks} devices" if ranks > 1 else ""
+            raise SystemExit(f"--accumulate {accumulate}{devices} does not divide --batch-size {batch_size}")
         if batch_size > count:
             raise SystemExit(f"--batch-size {batch_size} is more than the {count} training examples")
         self.count, self.size, self.seed, self.epoch = count, batch_size // accumulate, seed, 0
-        self.parts = count // batch_size * accumulate
+        self.parts, self.rank, self.ranks = count // batch_size * accumulate, rank, ranks
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer."""
@@ -177,14 +187,19 @@ class Parts(Sampler[Part]):
         order = torch.randperm(self.count, generator=generator)
         seeds = torch.randint(2**62, (self.parts,), generator=generator).tolist()
         for number, seed in enumerate(seeds):
-            yield Part(order[number * self.size : (number + 1) * self.size], seed)
+            yield Part(order[number * self.size : (number + 1) * self.size], seed, self.rank, self.ranks)
 
 
-def train_loader(data: Augmented, batch_size: int, accumulate: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(data, batch_size=None, sampler=Parts(len(data.pictures), batch_size, accumulate, seed))
+def train_loader(
+    data: Augmented, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    sampler = Parts(len(data.pictures), batch_size, accumulate, seed, rank, ranks)
+    return DataLoader(data, batch_size=None, sampler=sampler)
 
 
-def test_loader(data: Augmented, batch_size: int = 250) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Every picture once, as it is."""
-    parts = [Part(indices) for indices in torch.arange(len(data.pictures)).split(batch_size)]
+def test_loader(
+    data: Augmented, batch_size: int = 250, rank: int = 0, ranks: int = 1
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Every picture once, as it is; each rank has as many batches as the others, perhaps an empty one."""
+    parts = [Part(indices, None, rank, ranks) for indices in torch.arange(len(data.pictures)).split(batch_size)]
     return DataLoader(data, batch_size=None, sampler=parts)

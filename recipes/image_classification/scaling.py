@@ -1,0 +1,62 @@
+"""Where a run takes place: devices, nodes, strategy and precision. None of it changes what is trained."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported
+
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+import lightning_soo.strategies  # noqa: F401  # registers soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Args: strategy: soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed, or Lightning's. devices: of one node."""
+
+    strategy: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32-true"
+    stage: int = 2
+    workers: str = "auto"
+
+    def trainer_options(self, batch_size: int) -> dict[str, Any]:
+        """What the Trainer is given. Args: batch_size: of one device, which DeepSpeed prints."""
+        names = ("devices", "num_nodes", "precision")
+        return {"strategy": self._strategy(batch_size)} | {name: getattr(self, name) for name in names}
+
+    def _strategy(self, batch_size: int) -> str | Strategy:
+        if not self.strategy.startswith("soo_"):
+            return self.strategy
+        if self.strategy not in StrategyRegistry.available_strategies():
+            known = ", ".join(name for name in StrategyRegistry.available_strategies() if name.startswith("soo_"))
+            raise SystemExit(f"--strategy {self.strategy}: there are {known}")
+        entry = StrategyRegistry[self.strategy]
+        # by themselves they would make Shampoo of every optimizer; here the callback does it, where it was asked for
+        options = dict(entry["init_params"], method=None)
+        if self.strategy == "soo_deepspeed":
+            options |= {"stage": self.stage, "logging_batch_size_per_gpu": batch_size}
+        strategy: Strategy = entry["strategy"](**options)
+        return strategy
+
+
+def add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scaling", "the trajectory is the same, BatchNorm's statistics apart")
+    group.add_argument("--strategy", default="auto", help="soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed, ...")
+    group.add_argument("--devices", type=int, default=1, help="of each node")
+    group.add_argument("--num-nodes", type=int, default=1)
+    group.add_argument("--precision", default="32-true", help="the Trainer's, such as bf16-mixed")
+    group.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="of ZeRO, with soo_deepspeed")
+    group.add_argument("--workers", default="auto", help="where roots and bases are computed: inline, thread, process")
+
+
+def chosen_scaling(arguments: argparse.Namespace) -> Scaling:
+    return Scaling(**{f.name: getattr(arguments, f.name) for f in fields(Scaling)})
