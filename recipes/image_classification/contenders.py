@@ -1,4 +1,4 @@
-"""What compare.py compares: SGD with BatchNorm, K-FAC without and with it, at two batch sizes."""
+"""What compare.py compares: SGD and Shampoo with BatchNorm, K-FAC without and with it, at two batch sizes."""
 
 from __future__ import annotations
 
@@ -122,6 +122,7 @@ TUNED = (
 
 CONTENDERS = {
     "SGD, BatchNorm, 128": Contender(Settings(), (0.05, 0.1, 0.2, 0.4)),
+    "Shampoo, BatchNorm, 128": Contender(SHAMPOO_128, (0.05, 0.1, 0.2, 0.4)),
     "K-FAC, BatchNorm, 128": kfac(KFAC_128, (5e-4, 1e-3, 2e-3)),
     "K-FAC, 128": kfac(PLAIN_128, (1e-3, 3e-3, 1e-2)),
     "SGD, BatchNorm, 2048": Contender(Settings(**LARGE), (0.1, 0.2, 0.4), values=(0.3,)),  # type: ignore[arg-type]

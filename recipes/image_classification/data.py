@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ class Pictures:
         return len(self.labels)
 
     @property
+    def rows(self) -> int:
+        return self.images.shape[1]
+
+    @property
     def channels(self) -> int:
         return self.images.shape[-1]
 
@@ -40,6 +45,11 @@ class Pictures:
 
     def take(self, indices: Tensor) -> Pictures:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel."""
+        pixels = self.images.float()
+        return pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
 
 
 def cifar10(folder: Path) -> tuple[Pictures, Pictures]:
@@ -53,22 +63,49 @@ def cifar10(folder: Path) -> tuple[Pictures, Pictures]:
     return read(sorted(folder.glob("data_batch_*.bin"))), read([folder / "test_batch.bin"])
 
 
-def image_folder(folder: Path, size: int) -> Pictures:
-    """``folder/class/picture.png`` (or .jpg): the shorter side is resized to `size`, the middle is cut out."""
+def labelled_paths(folder: Path) -> tuple[list[Path], list[int]]:
+    """Of ``folder/class/picture.png`` (or .jpg), and the number of each one's class."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(sorted(path.name for path in folder.iterdir() if path.is_dir())):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise SystemExit(f"{folder} has no pictures: expected {folder}/CLASS/NAME.png or .jpg")
+    return paths, labels
+
+
+def open_picture(path: Path) -> Any:
+    """Pillow's, in three colours."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise SystemExit("folders of pictures are read with Pillow: pip install pillow") from error
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    images, labels = [], []
-    for label, name in enumerate(names):
-        for path in sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES):
-            with Image.open(path) as picture:
-                images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
-            labels.append(label)
-    if not images:
-        raise SystemExit(f"{folder} has no pictures: expected {folder}/CLASS/NAME.png or .jpg")
-    return Pictures(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def middle(path: Path, size: int, part: float = 1.0) -> np.ndarray:
+    """The square in the middle, of that part of the shorter side, resized to `size`; in bytes."""
+    picture = open_picture(path)
+    side = min(picture.size) * part
+    x, y = ((length - side) / 2 for length in picture.size)
+    return np.asarray(picture.resize((size, size), box=(x, y, x + side, y + side)))
+
+
+def image_folder(folder: Path, size: int) -> Pictures:
+    """All of them, their middles."""
+    paths, labels = labelled_paths(folder)
+    return Pictures(torch.from_numpy(np.stack([middle(path, size) for path in paths])), torch.tensor(labels))
+
+
+def parts(folder: Path) -> tuple[Path, Path]:
+    """``train``, and ``val`` or ``test``."""
+    test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if test is None or not (folder / "train").is_dir():
+        raise SystemExit(f"{folder} needs train, and val or test, of one folder a class")
+    return folder / "train", test
 
 
 def read(folder: Path | None, size: int) -> tuple[Pictures, Pictures]:
@@ -88,10 +125,8 @@ def read(folder: Path | None, size: int) -> tuple[Pictures, Pictures]:
     if next(folder.glob("data_batch_*.bin"), None):
         return cifar10(folder)
     if (folder / "train").is_dir():
-        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if test is None:
-            raise SystemExit(f"{folder} has train, but neither val nor test")
-        return image_folder(folder / "train", size), image_folder(test, size)
+        train, test = parts(folder)
+        return image_folder(train, size), image_folder(test, size)
     training, testing = (idx_images(folder, part) for part in ("train", "t10k"))
     return Pictures(training[0][..., None], training[1]), Pictures(testing[0][..., None], testing[1])
 
@@ -129,7 +164,16 @@ class Part:
     ranks: int = 1
 
 
-class Augmented(Dataset[tuple[Tensor, Tensor]]):
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+class Batched(Dataset[tuple[Tensor, Tensor]]):
+    """Maps a Part to its images and labels."""
+
+    pictures: Any
+
+
+class Augmented(Batched):
     """Maps a Part to normalised images ``(batch, channels, rows, columns)``, stored channels last, and labels.
 
     Args:
@@ -191,15 +235,14 @@ class Parts(Sampler[Part]):
 
 
 def train_loader(
-    data: Augmented, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+    data: Batched, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1, **options: Any
+) -> Loader:
+    """Args: options: of the DataLoader."""
     sampler = Parts(len(data.pictures), batch_size, accumulate, seed, rank, ranks)
-    return DataLoader(data, batch_size=None, sampler=sampler)
+    return DataLoader(data, batch_size=None, sampler=sampler, **options)
 
 
-def test_loader(
-    data: Augmented, batch_size: int = 250, rank: int = 0, ranks: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+def test_loader(data: Batched, batch_size: int = 250, rank: int = 0, ranks: int = 1, **options: Any) -> Loader:
     """Every picture once, as it is; each rank has as many batches as the others, perhaps an empty one."""
     parts = [Part(indices, None, rank, ranks) for indices in torch.arange(len(data.pictures)).split(batch_size)]
-    return DataLoader(data, batch_size=None, sampler=parts)
+    return DataLoader(data, batch_size=None, sampler=parts, **options)

@@ -11,36 +11,42 @@ from torch import nn
 
 from lightning_soo.callbacks import SecondOrder
 
+TAKEN_OVER = ("shampoo", "soap", "sonew")
 
-def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+
+def make_optimizer(network: nn.Module, settings: Settings, workers: str = "auto") -> torch.optim.Optimizer:
     """SGD or AdamW, which a callback may take over; K-FAC itself, with the model, since its factors are of layers."""
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "kfac":
-        return _kfac(network, settings, common)
+        return _kfac(network, settings, {**common, "workers": workers})
     if settings.optimizer == "sgd" or (settings.optimizer == "shampoo" and settings.grafting == "sgd"):
         return torch.optim.SGD(network.parameters(), momentum=settings.momentum, nesterov=True, **common)
     return torch.optim.AdamW(network.parameters(), betas=(0.9, settings.beta2), **common)
 
 
-def second_order_callbacks(settings: Settings, workers: str) -> list[Callback]:
-    """One for shampoo, soap and sonew; none for the others.
+def second_order_options(settings: Settings, workers: str) -> dict[str, Any]:
+    """Of shampoo, soap and sonew.
 
     Args:
         workers: where roots and bases are computed, see :class:`lightning_soo.Shampoo`.
     """
-    if settings.optimizer not in ("shampoo", "soap", "sonew"):
-        return []
-    options: dict[str, Any] = {}
-    if settings.optimizer != "sonew":  # which has no blocks
-        options["workers"] = workers
-        names = ("max_preconditioner_dim", "statistics_frequency", "precondition_frequency")
-        options |= {name: getattr(settings, name) for name in names}
-        options["start_preconditioning_step"] = settings.start_preconditioning_step or None
+    if settings.optimizer == "sonew":  # has no blocks
+        return {}
+    names = ("max_preconditioner_dim", "statistics_frequency", "precondition_frequency")
+    options = {name: getattr(settings, name) for name in names}
+    options |= {"start_preconditioning_step": settings.start_preconditioning_step or None, "workers": workers}
     if settings.optimizer == "shampoo":
         options["preconditioner_eps"] = settings.preconditioner_eps
         if settings.grafting == "sgd":  # which says nothing of it
             options["betas"] = (0.0, settings.beta2)
-    return [SecondOrder(settings.optimizer, **options)]
+    return options
+
+
+def second_order_callbacks(settings: Settings, workers: str) -> list[Callback]:
+    """One for shampoo, soap and sonew; none for the others."""
+    if settings.optimizer not in TAKEN_OVER:
+        return []
+    return [SecondOrder(settings.optimizer, **second_order_options(settings, workers))]
 
 
 def _kfac(network: nn.Module, settings: Settings, common: dict[str, Any]) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ class Scaling:
     precision: str = "32-true"
     stage: int = 2
     workers: str = "auto"
+    data_workers: int = 0
 
     def trainer_options(self, batch_size: int) -> dict[str, Any]:
         """What the Trainer is given. Args: batch_size: of one device, which DeepSpeed prints."""
@@ -56,6 +57,7 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", default="32-true", help="the Trainer's, such as bf16-mixed")
     group.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="of ZeRO, with soo_deepspeed")
     group.add_argument("--workers", default="auto", help="where roots and bases are computed: inline, thread, process")
+    group.add_argument("--data-workers", type=int, default=0, help="processes of each device that make batches")
 
 
 def chosen_scaling(arguments: argparse.Namespace) -> Scaling:

@@ -16,8 +16,9 @@ from typing import Any
 import lightning as L
 import torch
 from classifier import Classifier
-from data import Pictures, read
-from datamodule import PictureBatches
+from data import parts, read
+from datamodule import PictureBatches, Sets
+from files import PictureFiles
 from optimizers import second_order_callbacks
 from presets import PRESETS
 from scaling import Scaling, add_scaling_options, chosen_scaling
@@ -84,7 +85,7 @@ class Result:
 
 def fit(
     settings: Settings,
-    sets: tuple[Pictures, Pictures],
+    sets: Sets,
     target: float | None = None,
     progress: bool = True,
     scaling: Scaling | None = None,
@@ -92,15 +93,14 @@ def fit(
     """One run.
 
     Args:
-        sets: training and test set, as `read` gives them.
+        sets: training and test set.
         target: validation accuracy at which it ends.
     """
     scaling = scaling or Scaling()
     L.seed_everything(settings.seed, verbose=False)
-    batches = PictureBatches(settings, sets)
-    pictures, steps = batches.pictures, batches.steps
-    rows = pictures.images.shape[1]
-    model = Classifier(settings, pictures.channels, batches.classes, rows, steps * settings.epochs)
+    batches = PictureBatches(settings, sets, scaling.data_workers)
+    pictures, steps = batches.training.pictures, batches.steps
+    model = Classifier(settings, pictures.channels, batches.classes, pictures.rows, steps * settings.epochs)
     record = Record(steps, target)
     devices = scaling.devices * scaling.num_nodes * settings.accumulate
     trainer = L.Trainer(
@@ -140,6 +140,9 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--data-dir", type=Path, help="of Fashion-MNIST, CIFAR-10's binary version, or train and val")
     parser.add_argument("--image-size", type=int, default=32, help="to which pictures in folders are resized")
+    parser.add_argument(
+        "--on-demand", action="store_true", help="pictures in folders stay on disk until they are needed"
+    )
     parser.add_argument("--target-accuracy", type=float, help="say when the validation accuracy reached it")
     parser.add_argument("--stop-at-target", action="store_true", help="and end there")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
@@ -151,7 +154,14 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     settings = chosen(arguments, PRESETS[arguments.preset])
-    sets = read(arguments.data_dir, arguments.image_size)
+    sets: Sets
+    if arguments.on_demand:
+        if arguments.data_dir is None:
+            parser.error("--on-demand needs --data-dir, of train and val")
+        training, testing = (PictureFiles.of(folder, arguments.image_size) for folder in parts(arguments.data_dir))
+        sets = training, testing
+    else:
+        sets = read(arguments.data_dir, arguments.image_size)
     target = arguments.target_accuracy if arguments.stop_at_target else None
     result = fit(settings, sets, target, scaling=chosen_scaling(arguments))
     if result.is_first_rank:
