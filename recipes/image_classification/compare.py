@@ -1,4 +1,4 @@
-"""SGD and K-FAC to a target accuracy: grids at one budget, then every budget with what was best.
+"""SGD, Shampoo and K-FAC to a target accuracy: grids at one budget, then every budget with what was best.
 
 python recipes/image_classification/compare.py [--contenders "SGD, BatchNorm, 128" ...] [--budgets 4 12]
 

@@ -157,7 +157,7 @@ def main() -> None:
     if not groups:
         raise SystemExit("no runs yet: python recipes/image_classification/compare.py")
     head = [
-        "# SGD and K-FAC to a target accuracy",
+        "# SGD, Shampoo and K-FAC to a target accuracy",
         "",
         "Written by report.py; what it means stands in ../README.md.",
         "",

@@ -29,21 +29,29 @@ class Scaling:
     workers: str = "auto"
     data_workers: int = 0
 
+    @property
+    def shards(self) -> bool:
+        """Whether a device has less than the whole model."""
+        return self.strategy not in ("auto", "ddp", "soo_ddp")
+
     def trainer_options(self, batch_size: int) -> dict[str, Any]:
         """What the Trainer is given. Args: batch_size: of one device, which DeepSpeed prints."""
         names = ("devices", "num_nodes", "precision")
         return {"strategy": self._strategy(batch_size)} | {name: getattr(self, name) for name in names}
 
     def _strategy(self, batch_size: int) -> str | Strategy:
-        if not self.strategy.startswith("soo_"):
-            return self.strategy
-        if self.strategy not in StrategyRegistry.available_strategies():
-            known = ", ".join(name for name in StrategyRegistry.available_strategies() if name.startswith("soo_"))
-            raise SystemExit(f"--strategy {self.strategy}: there are {known}")
-        entry = StrategyRegistry[self.strategy]
+        name = self.strategy
+        if name == "auto" and self.devices * self.num_nodes > 1:
+            name = "soo_ddp"
+        if not name.startswith("soo_"):
+            return name
+        if name not in StrategyRegistry:
+            known = ", ".join(one for one in StrategyRegistry if one.startswith("soo_"))
+            raise SystemExit(f"--strategy {name}: there are {known}")
+        entry = StrategyRegistry[name]
         # by themselves they would make Shampoo of every optimizer; here the callback does it, where it was asked for
         options = dict(entry["init_params"], method=None)
-        if self.strategy == "soo_deepspeed":
+        if name == "soo_deepspeed":
             options |= {"stage": self.stage, "logging_batch_size_per_gpu": batch_size}
         strategy: Strategy = entry["strategy"](**options)
         return strategy
@@ -51,7 +59,7 @@ class Scaling:
 
 def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scaling", "the trajectory is the same, BatchNorm's statistics apart")
-    group.add_argument("--strategy", default="auto", help="soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed, ...")
+    group.add_argument("--strategy", default="auto", help="soo_ddp (on several devices), soo_fsdp2, ...")
     group.add_argument("--devices", type=int, default=1, help="of each node")
     group.add_argument("--num-nodes", type=int, default=1)
     group.add_argument("--precision", default="32-true", help="the Trainer's, such as bf16-mixed")

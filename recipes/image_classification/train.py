@@ -100,7 +100,8 @@ def fit(
     L.seed_everything(settings.seed, verbose=False)
     batches = PictureBatches(settings, sets, scaling.data_workers)
     pictures, steps = batches.training.pictures, batches.steps
-    model = Classifier(settings, pictures.channels, batches.classes, pictures.rows, steps * settings.epochs)
+    shape = pictures.channels, batches.classes, pictures.rows
+    model = Classifier(settings, *shape, steps * settings.epochs, channels_last=not scaling.shards)
     record = Record(steps, target)
     devices = scaling.devices * scaling.num_nodes * settings.accumulate
     trainer = L.Trainer(
