@@ -12,6 +12,7 @@ import argparse
 import csv
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -76,12 +77,22 @@ def main() -> None:
             print(f"turn {turn}: {name}: {spent:.0f} ms", flush=True)
             if turn:  # the first one warms up
                 times[name].append(spent)
-    with (HERE / "timing.csv").open("w", newline="") as file:
+    write({name: [median(spent), min(spent), max(spent)] for name, spent in times.items()}, HERE / "timing.csv")
+
+
+def write(measured: dict[str, list[float]], path: Path) -> None:
+    """In place of what the file has of these contenders; others stay."""
+    lines: dict[str, list[str]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            lines = {line["contender"]: list(line.values())[1:] for line in csv.DictReader(file)}
+    for name, values in measured.items():
+        lines[name] = [f"{value:.4g}" for value in values]
+        print(f"{name}: {values[0]:.0f} ms a step [{values[1]:.0f}, {values[2]:.0f}]")
+    with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["contender", "milliseconds", "smallest", "largest"])
-        for name, spent in times.items():
-            writer.writerow([name, *(f"{value:.4g}" for value in (median(spent), min(spent), max(spent)))])
-            print(f"{name}: {median(spent):.0f} ms a step [{min(spent):.0f}, {max(spent):.0f}]")
+        writer.writerows([name, *lines[name]] for name in CONTENDERS if name in lines)
 
 
 if __name__ == "__main__":

@@ -266,6 +266,19 @@ def test_the_callback_takes_over_what_the_options_say(on_path):
     assert optimizers.second_order_callbacks(named.Settings(), "inline") == []
 
 
+def test_a_strategy_alone_takes_nothing_over(on_path, monkeypatch):
+    pytest.importorskip("lightning")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    scaling = on_path("scaling")
+    for name, devices, kind in (("auto", 2, "SecondOrderDDPStrategy"), ("soo_hsdp", 4, "SecondOrderFSDP2Strategy")):
+        strategy = scaling.Scaling(name, devices).trainer_options(8)["strategy"]
+        assert type(strategy).__name__ == kind and strategy.method is None
+    assert strategy.replicate_size == "auto"
+    assert scaling.Scaling().trainer_options(8)["strategy"] == "auto"
+    with pytest.raises(SystemExit, match="--strategy soo_zero: there are soo_ddp, "):
+        scaling.Scaling("soo_zero").trainer_options(8)
+
+
 def test_what_was_tuned_for_the_model_and_the_optimizer_counts(on_path):
     presets, named = on_path("presets"), on_path("settings")
     parser = argparse.ArgumentParser()
