@@ -25,12 +25,12 @@ VIT_B16 = replace(
     label_smoothing=0.0,
     clip=1.0,
 )
-# Schedules are linear or cosine here. ResNet-50's in He et al. has steps; Anil et al.'s learning rate and
-# decay for batch 32,768 are not in the paper's text, so these are a beginning, to be tuned.
+# Schedules are linear or cosine here, where He et al.'s have steps. Of Anil et al.'s run batch and budget are taken; its
+# learning rate, decay and Shampoo's options are a beginning, to be tuned.
 PAPER = (
     # He et al. 2015, section 3.4; 90 epochs as customary
     replace(IMAGENET, optimizer="sgd", batch_size=256, epochs=90, lr=0.1, warmup=0.05, weight_decay=1e-4),
-    # Anil et al. 2020: batch 32,768, 1,729 steps, which are 44 epochs
+    # Anil et al. 2020: batch 32,768, 1,729 steps, which are about 44 epochs
     replace(
         IMAGENET,
         optimizer="shampoo",
