@@ -25,7 +25,7 @@ VIT_B16 = replace(
     label_smoothing=0.0,
     clip=1.0,
 )
-# Schedules are linear or cosine here, where He et al.'s have steps. Of Anil et al.'s run batch and budget are taken; its
+# Schedules are linear or cosine here, where He et al.'s have steps. Of Anil et al.'s run batch and budget are taken;
 # learning rate, decay and Shampoo's options are a beginning, to be tuned.
 PAPER = (
     # He et al. 2015, section 3.4; 90 epochs as customary
