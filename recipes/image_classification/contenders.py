@@ -1,4 +1,4 @@
-"""What compare.py compares: SGD with BatchNorm, K-FAC without and with it, at two batch sizes."""
+"""What compare.py compares: SGD and Shampoo with BatchNorm, K-FAC without and with it, at two batch sizes."""
 
 from __future__ import annotations
 
@@ -51,6 +51,24 @@ PLAIN_128 = Settings(
     statistics_positions=64,
 )
 PLAIN_2048 = replace(KFAC_2048, normalization="none", kl_clip=5e-4)
+SHAMPOO_128 = Settings(
+    optimizer="shampoo",
+    beta2=0.99,
+    statistics_frequency=2,
+    precondition_frequency=20,
+    start_preconditioning_step=10,
+)
+VIT = Settings(
+    model="vit",
+    width=64,
+    lr=2e-3,
+    weight_decay=0.05,
+    beta2=0.99,
+    epochs=4,
+    statistics_frequency=2,
+    precondition_frequency=20,
+    start_preconditioning_step=10,
+)
 
 
 @dataclass(frozen=True)
@@ -93,10 +111,18 @@ TUNED = (
     replace(PLAIN_128, lr=3e-3, epochs=4),
     replace(PLAIN_2048, lr=1e-2, epochs=4),
     Settings(optimizer="adamw", lr=2e-3, weight_decay=0.05, epochs=6),  # a usual choice, not tuned
+    replace(SHAMPOO_128, lr=0.1, epochs=4),
+    # usual choices too
+    replace(SHAMPOO_128, optimizer="soap", lr=3e-3, weight_decay=0.05, epochs=4),
+    Settings(optimizer="sonew", lr=2e-3, weight_decay=0.05, epochs=4),
+    *(replace(VIT, optimizer=name) for name in ("adamw", "soap", "sonew")),
+    replace(VIT, optimizer="shampoo", grafting="adam"),
+    Settings(model="resnet50", lr=0.1, epochs=6),
 )
 
 CONTENDERS = {
     "SGD, BatchNorm, 128": Contender(Settings(), (0.05, 0.1, 0.2, 0.4)),
+    "Shampoo, BatchNorm, 128": Contender(SHAMPOO_128, (0.05, 0.1, 0.2, 0.4)),
     "K-FAC, BatchNorm, 128": kfac(KFAC_128, (5e-4, 1e-3, 2e-3)),
     "K-FAC, 128": kfac(PLAIN_128, (1e-3, 3e-3, 1e-2)),
     "SGD, BatchNorm, 2048": Contender(Settings(**LARGE), (0.1, 0.2, 0.4), values=(0.3,)),  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ class Pictures:
         return len(self.labels)
 
     @property
+    def rows(self) -> int:
+        return self.images.shape[1]
+
+    @property
     def channels(self) -> int:
         return self.images.shape[-1]
 
@@ -40,6 +45,11 @@ class Pictures:
 
     def take(self, indices: Tensor) -> Pictures:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel."""
+        pixels = self.images.float()
+        return pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
 
 
 def cifar10(folder: Path) -> tuple[Pictures, Pictures]:
@@ -53,22 +63,49 @@ def cifar10(folder: Path) -> tuple[Pictures, Pictures]:
     return read(sorted(folder.glob("data_batch_*.bin"))), read([folder / "test_batch.bin"])
 
 
-def image_folder(folder: Path, size: int) -> Pictures:
-    """``folder/class/picture.png`` (or .jpg): the shorter side is resized to `size`, the middle is cut out."""
+def labelled_paths(folder: Path) -> tuple[list[Path], list[int]]:
+    """Of ``folder/class/picture.png`` (or .jpg), and the number of each one's class."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(sorted(path.name for path in folder.iterdir() if path.is_dir())):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise SystemExit(f"{folder} has no pictures: expected {folder}/CLASS/NAME.png or .jpg")
+    return paths, labels
+
+
+def open_picture(path: Path) -> Any:
+    """Pillow's, in three colours."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise SystemExit("folders of pictures are read with Pillow: pip install pillow") from error
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    images, labels = [], []
-    for label, name in enumerate(names):
-        for path in sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES):
-            with Image.open(path) as picture:
-                images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
-            labels.append(label)
-    if not images:
-        raise SystemExit(f"{folder} has no pictures: expected {folder}/CLASS/NAME.png or .jpg")
-    return Pictures(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def middle(path: Path, size: int, part: float = 1.0) -> np.ndarray:
+    """The square in the middle, of that part of the shorter side, resized to `size`; in bytes."""
+    picture = open_picture(path)
+    side = min(picture.size) * part
+    x, y = ((length - side) / 2 for length in picture.size)
+    return np.asarray(picture.resize((size, size), box=(x, y, x + side, y + side)))
+
+
+def image_folder(folder: Path, size: int) -> Pictures:
+    """All of them, their middles."""
+    paths, labels = labelled_paths(folder)
+    return Pictures(torch.from_numpy(np.stack([middle(path, size) for path in paths])), torch.tensor(labels))
+
+
+def parts(folder: Path) -> tuple[Path, Path]:
+    """``train``, and ``val`` or ``test``."""
+    test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if test is None or not (folder / "train").is_dir():
+        raise SystemExit(f"{folder} needs train, and val or test, of one folder a class")
+    return folder / "train", test
 
 
 def read(folder: Path | None, size: int) -> tuple[Pictures, Pictures]:
@@ -88,10 +125,8 @@ def read(folder: Path | None, size: int) -> tuple[Pictures, Pictures]:
     if next(folder.glob("data_batch_*.bin"), None):
         return cifar10(folder)
     if (folder / "train").is_dir():
-        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if test is None:
-            raise SystemExit(f"{folder} has train, but neither val nor test")
-        return image_folder(folder / "train", size), image_folder(test, size)
+        train, test = parts(folder)
+        return image_folder(train, size), image_folder(test, size)
     training, testing = (idx_images(folder, part) for part in ("train", "t10k"))
     return Pictures(training[0][..., None], training[1]), Pictures(testing[0][..., None], testing[1])
 
@@ -115,13 +150,30 @@ def split(training: Pictures, train_examples: int, validation_examples: int) -> 
 
 @dataclass(frozen=True)
 class Part:
-    """A batch to be made. Args: indices: of its pictures. seed: of their crops and flips; None for none."""
+    """A batch to be made.
+
+    Args:
+        indices: of its pictures, on all ranks together.
+        seed: of their crops and flips; None for none.
+        rank, ranks: whose share is made: each `ranks`-th picture, cut and flipped as one rank alone would.
+    """
 
     indices: Tensor
     seed: int | None = None
+    rank: int = 0
+    ranks: int = 1
 
 
-class Augmented(Dataset[tuple[Tensor, Tensor]]):
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+class Batched(Dataset[tuple[Tensor, Tensor]]):
+    """Maps a Part to its images and labels."""
+
+    pictures: Any
+
+
+class Augmented(Batched):
     """Maps a Part to normalised images ``(batch, channels, rows, columns)``, stored channels last, and labels.
 
     Args:
@@ -135,8 +187,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
         count, (rows, columns) = len(part.indices), self.pictures.images.shape[1:3]
+        own = slice(part.rank, None, part.ranks)
         if part.seed is None:
-            images = self.pictures.images[part.indices]
+            images = self.pictures.images[part.indices[own]]
         else:
             generator = torch.Generator().manual_seed(part.seed)
             corners = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
@@ -145,25 +198,26 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
                 x = torch.where(torch.rand(count, 1, generator=generator) < 0.5, x, columns - 1 - x)
             y = corners[0] + torch.arange(rows)
             x = corners[1] + x
-            images = self.padded[part.indices[:, None, None], y[:, :, None], x[:, None, :]]
+            images = self.padded[part.indices[own, None, None], y[own, :, None], x[own, None, :]]
         normalised = (images.float() - self.mean) / self.std
-        return normalised.permute(0, 3, 1, 2), self.pictures.labels[part.indices]
+        return normalised.permute(0, 3, 1, 2), self.pictures.labels[part.indices[own]]
 
 
 class Parts(Sampler[Part]):
     """Batches without replacement, in an order given by seed and epoch; what does not fill a step is left out.
 
     Args:
-        batch_size: of one step; it is cut into `accumulate` parts.
+        batch_size: of one step; it is cut into `accumulate` parts, of which each of the `ranks` makes its share.
     """
 
-    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int) -> None:
-        if batch_size % accumulate:
-            raise SystemExit(f"--accumulate {accumulate} does not divide --batch-size {batch_size}")
+    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        if batch_size % (accumulate * ranks):
+            devices = f" times {ranks} devices" if ranks > 1 else ""
+            raise SystemExit(f"--accumulate {accumulate}{devices} does not divide --batch-size {batch_size}")
         if batch_size > count:
             raise SystemExit(f"--batch-size {batch_size} is more than the {count} training examples")
         self.count, self.size, self.seed, self.epoch = count, batch_size // accumulate, seed, 0
-        self.parts = count // batch_size * accumulate
+        self.parts, self.rank, self.ranks = count // batch_size * accumulate, rank, ranks
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer."""
@@ -177,14 +231,18 @@ class Parts(Sampler[Part]):
         order = torch.randperm(self.count, generator=generator)
         seeds = torch.randint(2**62, (self.parts,), generator=generator).tolist()
         for number, seed in enumerate(seeds):
-            yield Part(order[number * self.size : (number + 1) * self.size], seed)
+            yield Part(order[number * self.size : (number + 1) * self.size], seed, self.rank, self.ranks)
 
 
-def train_loader(data: Augmented, batch_size: int, accumulate: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(data, batch_size=None, sampler=Parts(len(data.pictures), batch_size, accumulate, seed))
+def train_loader(
+    data: Batched, batch_size: int, accumulate: int, seed: int, rank: int = 0, ranks: int = 1, **options: Any
+) -> Loader:
+    """Args: options: of the DataLoader."""
+    sampler = Parts(len(data.pictures), batch_size, accumulate, seed, rank, ranks)
+    return DataLoader(data, batch_size=None, sampler=sampler, **options)
 
 
-def test_loader(data: Augmented, batch_size: int = 250) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Every picture once, as it is."""
-    parts = [Part(indices) for indices in torch.arange(len(data.pictures)).split(batch_size)]
-    return DataLoader(data, batch_size=None, sampler=parts)
+def test_loader(data: Batched, batch_size: int = 250, rank: int = 0, ranks: int = 1, **options: Any) -> Loader:
+    """Every picture once, as it is; each rank has as many batches as the others, perhaps an empty one."""
+    parts = [Part(indices, None, rank, ranks) for indices in torch.arange(len(data.pictures)).split(batch_size)]
+    return DataLoader(data, batch_size=None, sampler=parts, **options)

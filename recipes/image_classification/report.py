@@ -126,9 +126,15 @@ def budget_table(groups: dict[str, list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
+def kind(name: str) -> str:
+    """A contender without its batch size: what has one colour."""
+    return name.rpartition(",")[0]
+
+
 def picture(groups: dict[str, list[Cell]]) -> None:
     """Validation accuracy against steps and seconds, a row for each batch size; the run soonest at the target."""
     sizes = sorted({cell.runs[0].settings.batch_size for some in groups.values() for cell in some})
+    kinds = list(dict.fromkeys(kind(name) for name in CONTENDERS))
     figure = Figure(figsize=(11, 4 * len(sizes)), layout="constrained")
     for row, size in zip(figure.subplots(len(sizes), 2, sharey="row", squeeze=False), sizes, strict=True):
         target = TARGETS[size]
@@ -138,16 +144,16 @@ def picture(groups: dict[str, list[Cell]]) -> None:
             found = soonest(some, target)
             rows = (found[0] if found else max(some, key=lambda c: c.accuracy)).runs[0].rows
             each, steps = seconds_per_step(some), [r.step for r in rows]
-            accuracies = [r.validation_accuracy for r in rows]
-            row[0].plot(steps, accuracies, label=name)
-            row[1].plot([step * each for step in steps], accuracies, label=name)
+            accuracies, colour = [r.validation_accuracy for r in rows], f"C{kinds.index(kind(name))}"
+            row[0].plot(steps, accuracies, label=name, color=colour)
+            row[1].plot([step * each for step in steps], accuracies, label=name, color=colour)
         for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
             axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
             axis.set_xlabel(f"{label}, batch {size}")
             axis.set_ylim(target - 0.2, min(1.0, target + 0.05))
             axis.grid(alpha=0.3)
         row[0].set_ylabel("validation accuracy")
-        row[0].legend()
+        row[0].legend(loc="lower right", fontsize="small")
     figure.savefig(HERE / "comparison.png", dpi=110)
 
 
@@ -157,7 +163,7 @@ def main() -> None:
     if not groups:
         raise SystemExit("no runs yet: python recipes/image_classification/compare.py")
     head = [
-        "# SGD and K-FAC to a target accuracy",
+        "# SGD, Shampoo and K-FAC to a target accuracy",
         "",
         "Written by report.py; what it means stands in ../README.md.",
         "",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 KINDS = {"str": str, "int": int, "float": float}
+SHAPE = ("width", "depth", "heads", "patch", "train_examples", "validation_examples")
+OPTIMIZERS = ("sgd", "adamw", "kfac", "shampoo", "soap", "sonew")
 
 
 def option(default: Any, help: str, *choices: str) -> Any:
@@ -18,27 +20,36 @@ def option(default: Any, help: str, *choices: str) -> Any:
 class Settings:
     """One run; the options' help says what each is."""
 
-    optimizer: str = option("sgd", "with Nesterov's momentum if sgd", "sgd", "kfac", "adamw")
-    width: int = option(8, "channels of the first stage; 16 in the paper")
-    normalization: str = option("batch", "none: branches begin smaller", "batch", "none")
+    optimizer: str = option("sgd", "with Nesterov's momentum if sgd", *OPTIMIZERS)
+    model: str = option("resnet20", "see model.py, resnet50.py, vit.py", "resnet20", "resnet50", "vit")
+    width: int = option(8, "channels of the first stage, 16 in the paper of resnet20; of vit the embedding's")
+    depth: int = option(4, "of vit: blocks")
+    heads: int = option(4, "of vit")
+    patch: int = option(4, "of vit: rows and columns of a patch")
+    normalization: str = option("batch", "none: branches begin smaller; of resnet20", "batch", "none")
     train_examples: int = option(20480, "a subset; 0 for all that validation leaves")
     validation_examples: int = option(2500, "of the training set, kept apart")
-    batch_size: int = option(128, "of one step")
-    accumulate: int = option(1, "parts into which a batch is cut; BatchNorm's statistics are those of a part")
+    batch_size: int = option(128, "of one step, on all devices together")
+    accumulate: int = option(1, "parts into which a batch is cut; BatchNorm's statistics are those of a device's part")
     epochs: int = option(12, "the schedule is fitted to them")
     lr: float = option(0.1, "the highest, after the warm-up")
     schedule: str = option("linear", "after the warm-up, to zero", "linear", "cosine")
     warmup: float = option(0.1, "part of all steps")
-    momentum: float = option(0.9, "of sgd and kfac")
-    weight_decay: float = option(5e-4, "of all parameters; of kfac and adamw decoupled: times lr at each step")
+    momentum: float = option(0.9, "of sgd, kfac, and shampoo in place of sgd")
+    beta2: float = option(0.999, "of adamw, shampoo, soap and sonew")
+    weight_decay: float = option(5e-4, "of all parameters; decoupled (times lr) but for sgd and shampoo in its place")
+    clip: float = option(0.0, "of the gradient's norm; 0 for none")
     label_smoothing: float = option(0.0, "of the training loss")
+    grafting: str = option("sgd", "of shampoo: which optimizer it takes over, whose step sizes it has", "sgd", "adam")
+    preconditioner_eps: float = option(1e-6, "of shampoo: times the largest eigenvalue")
+    max_preconditioner_dim: int = option(1024, "of shampoo and soap")
     damping: float = option(1e-3, "of kfac")
     damping_method: str = option("exact", "of kfac", "exact", "pi")
     kl_clip: float = option(1e-3, "of kfac; 0 for none")
-    statistics_frequency: int = option(10, "of kfac: steps between two updates of the factors")
-    precondition_frequency: int = option(100, "of kfac: steps between two inversions")
+    statistics_frequency: int = option(10, "steps between updates of kfac's factors, shampoo's and soap's statistics")
+    precondition_frequency: int = option(100, "of kfac, shampoo and soap: steps between two inversions, roots or bases")
     factor_decay: float = option(0.95, "of kfac")
-    start_preconditioning_step: int = option(0, "of kfac: step of the first inversion; 0 for the interval")
+    start_preconditioning_step: int = option(0, "step of the first inversion, roots or bases; 0 for the interval")
     statistics_positions: int = option(0, "of kfac: of a convolution's output in each example; 0 for all")
     approximation: str = option("expand", "of kfac, where weights are shared", "expand", "reduce")
     seed: int = option(0, "of the initialisation, the order of examples and the augmentation")
@@ -66,12 +77,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(arguments: argparse.Namespace, tuned: Sequence[Settings]) -> Settings:
-    """What was given, and for the rest what was tuned for the optimizer, at the same normalization and batch if it was.
+    """What was given, and for the rest what was tuned for the model and the optimizer.
 
     Args:
-        tuned: of those alike the first counts.
+        tuned: those of the same model, optimizer, normalization and batch count before others, in this order, and of
+            those alike the first. An optimizer that was not tuned for the model has its shape and its own options.
     """
     given = {f.name: getattr(arguments, f.name) for f in fields(Settings) if getattr(arguments, f.name) is not None}
-    own = [one for one in tuned if one.optimizer == given.get("optimizer", "sgd")]
-    base = max(own, key=lambda one: sum(getattr(one, k) == given.get(k) for k in ("normalization", "batch_size")))
+    model = given.setdefault("model", tuned[0].model)
+    given.setdefault("optimizer", next(one.optimizer for one in tuned if one.model == model))
+    own = [one for one in tuned if one.optimizer == given["optimizer"]] or [Settings(optimizer=given["optimizer"])]
+    names = ("model", "normalization", "batch_size")
+    base = max(own, key=lambda one: [getattr(one, name) == given.get(name) for name in names])
+    if base.model != model:
+        shape = next(one for one in tuned if one.model == model)
+        base = replace(base, **{name: getattr(shape, name) for name in SHAPE})
     return replace(base, **given)
