@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from training import begin, fit, parse_options, train_loader
 
 SMALL = {
-    "steps": 500,
+    "steps": 400,
     "batch_size": 48,
     "lr": 4e-3,
     "warmup": 0.1,

@@ -135,7 +135,7 @@ def test_logits_of_positions_are_those_of_all():
     assert chosen.shape == (2, 2, 12)
     for row in range(2):
         for index, position in enumerate(positions[row].tolist()):
-            torch.testing.assert_close(chosen[row, index], everywhere[row, position])
+            assert torch.allclose(chosen[row, index], everywhere[row, position], atol=1e-6)
 
 
 def test_an_untrained_model_knows_nothing():
@@ -146,3 +146,11 @@ def test_an_untrained_model_knows_nothing():
     assert abs(loss.item() - np.log(50)) < 0.4
     with pytest.raises(ValueError, match="heads=3 and 2 must divide width=64"):
         model.LanguageModel(50, length=32, width=64, layers=2, heads=3, causal=True)
+
+
+def test_its_layers_make_the_smallest_gpt_2_and_a_bias_of_the_logits():
+    network = model.LanguageModel(11, length=1024, width=768, layers=1, heads=12, causal=True)
+    layer = sum(parameter.numel() for parameter in network.layers.parameters())
+    rest = sum(parameter.numel() for parameter in network.parameters()) - layer
+    bias, per_token = 1, 768
+    assert 12 * layer + rest - 11 * (per_token + bias) + 50257 * per_token == 124_439_808
