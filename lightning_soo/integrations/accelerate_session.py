@@ -164,6 +164,11 @@ class Session(OptimizerSession):
         if frozen:
             elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in frozen)  # ZeRO-3's own
             remark = f"\n{len(frozen)} parameters of the model with {elements:,} elements are frozen and not trained"
+        if max(map(_units, self.accelerator._models), default=0) == 1:
+            remark += (
+                "\nFSDP gathers the whole model at once: name its repeated layers in the model's _no_split_modules, or "
+                "in fsdp_transformer_layer_cls_to_wrap"
+            )
         if not self._uses_deepspeed:
             return remark
         norm = self.accelerator.deepspeed_config.get("gradient_clipping", 0.0)
@@ -225,6 +230,13 @@ def _holder(models: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> nn
         if any(id(parameter) in wanted for parameter in model.parameters()):
             return model
     return None
+
+
+def _units(model: nn.Module) -> int:
+    """How many parts FSDP gathers one by one."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return sum(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def _refresh_scaled_step(wrapped: Any, optimizer: SecondOrderOptimizer) -> None:

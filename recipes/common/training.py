@@ -98,7 +98,8 @@ class Order(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed)
         left = self.total
         while left > 0:
-            yield from torch.randperm(self.examples, generator=generator)[:left].tolist()
+            for part in torch.randperm(self.examples, generator=generator)[:left].split(65536):
+                yield from part.tolist()  # a list of all would hold an object for each
             left -= self.examples
 
 

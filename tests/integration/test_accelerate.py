@@ -242,6 +242,13 @@ def test_the_recipe(tmp_path: Path) -> None:
     assert abs(alone - sharded) < 1e-3 < first_order - alone
 
 
+def test_one_unit_is_said(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(PREPARED)
+    program = ["-m", "lightning_soo.launch", tmp_path / "user.py"]
+    run = launch(LAUNCH / "fsdp2_cpu.yaml", *program, options=["--num_processes", "1"], SOO_CONFIG=GOOD)
+    assert run.returncode == 0 and "FSDP gathers the whole model at once" in run.stdout, run.stderr[-3000:]
+
+
 def test_a_scaled_step_is_ours() -> None:
     """Accelerate remembers the step of the optimizer that it wrapped, for its gradient scaler."""
     from accelerate import Accelerator
