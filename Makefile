@@ -29,7 +29,7 @@ demo: $(VENV)/.recipes
 
 test: $(VENV)/.dev
 	@echo "== running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

