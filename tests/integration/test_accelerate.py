@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,19 +15,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from accelerate_launching import LAUNCH, RECIPES, launch
 from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS, Net, make_data, make_schedule
+from methods import CONFIGS
 
 from lightning_soo.optim.takeover import take_over
 
 HERE, RECIPE = Path(__file__).parent, RECIPES / "accelerate"
-CONFIGS: dict[str, dict[str, Any]] = {
-    "shampoo": {
-        "method": "shampoo",
-        "precondition_frequency": 3,
-        "start_preconditioning_step": 2,
-        "preconditioner_eps": 1e-3,
-    },
-    "kfac": {"method": "kfac", "statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2},
-}
 SMALL = ["--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "30"]
 CLIPPED = ["--gradient_clipping", str(CLIP)]  # DeepSpeed's own business
 ENGINES = {

@@ -21,6 +21,7 @@ from torch import nn
 pytest.importorskip("deepspeed")
 sys.path.insert(0, str(Path(__file__).parent))
 from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS, Net, make_data
+from methods import CONFIGS
 from test_launchers import DEEPSPEED_LAUNCH, free_port
 
 from lightning_soo import Shampoo
@@ -30,15 +31,6 @@ from lightning_soo.integrations.deepspeed_optimizer import optimizer_from_json
 from lightning_soo.optim.takeover import take_over
 
 HERE = Path(__file__).parent
-CONFIGS: dict[str, dict[str, Any]] = {
-    "shampoo": {
-        "method": "shampoo",
-        "precondition_frequency": 3,
-        "start_preconditioning_step": 2,
-        "preconditioner_eps": 1e-3,
-    },
-    "kfac": {"method": "kfac", "statistics_frequency": 1, "precondition_frequency": 2, "damping": 1e-2},
-}
 Run = tuple[dict[str, torch.Tensor], list[float]]
 
 

@@ -21,26 +21,14 @@ from lightning_soo.optim.takeover import take_over
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
+import methods  # noqa: E402
 from transformers_script import GLOBAL_BATCH, SETTINGS, STEPS, Counting, losses, make_model, whole  # noqa: E402
 
 Trainer, TrainingArguments = transformers.Trainer, transformers.TrainingArguments
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
-CONFIGS: dict[str, dict[str, Any]] = {
-    "shampoo": {
-        "method": "shampoo",
-        "precondition_frequency": 3,
-        "start_preconditioning_step": 2,
-        "preconditioner_eps": 1e-3,
-    },
-    "kfac": {
-        "method": "kfac",
-        "statistics_frequency": 1,
-        "precondition_frequency": 2,
-        "damping": 1e-2,
-        # positions are shared by all examples of a pass: no factor of single examples can be seen
-        "overrides": [{"match": "wpe", "method": "none"}],
-    },
-}
+# positions are shared by all examples of a pass: no factor of single examples can be seen
+WITHOUT_POSITIONS = {"overrides": [{"match": "wpe", "method": "none"}]}
+CONFIGS = {**methods.CONFIGS, "kfac": {**methods.CONFIGS["kfac"], **WITHOUT_POSITIONS}}
 Run = tuple[dict[str, Tensor], list[float]]
 
 

@@ -7,12 +7,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate_script import ADAMW, Net, leave, make_data, train
+from methods import refused
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -54,16 +54,6 @@ def own(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     if config["method"] == "kfac":  # what a taken-over AdamW becomes
         return KFAC(model, **{**ADAMW, "betas": (0.9, 0.999), "grafting": "adam", "momentum": 0.0, **options})
     return Shampoo(model, **ADAMW, **options)
-
-
-def refused(words: str, attempt: Callable[[], Any]) -> None:
-    """``attempt`` fails and its message has ``words``; checked on every rank."""
-    try:
-        attempt()
-    except (RuntimeError, TypeError, ValueError) as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(f"not refused: {words}")
 
 
 def refusals(config: dict[str, Any]) -> None:

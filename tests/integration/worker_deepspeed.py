@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS, Net, leave, make_data, whole
+from methods import refused
 from torch import nn
 
 from lightning_soo import Shampoo
@@ -116,16 +117,6 @@ def train(build: Callable[[nn.Module], Any], folder: Path) -> dict[str, Any]:
     found["resumed"] = (whole(again), losses)
     again.destroy()
     return found
-
-
-def refused(words: str, attempt: Callable[[], Any]) -> None:
-    """``attempt`` fails and its message has ``words``; checked on every rank."""
-    try:
-        attempt()
-    except (RuntimeError, TypeError, ValueError) as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(f"not refused: {words}")
 
 
 def partial_loads(build: Callable[[nn.Module], Any], folder: Path) -> None:

@@ -8,27 +8,17 @@ import gzip
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from recipe_modules import load
 from torch import nn
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "image_classification"
 
 
-def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"image_classification_{name}", RECIPE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-data, model, settings = recipe("data"), recipe("model"), recipe("settings")
-resnet50, vit = recipe("resnet50"), recipe("vit")
+data, model, settings, resnet50, vit = load("image_classification", "data", "model", "settings", "resnet50", "vit")
 
 
 @pytest.fixture

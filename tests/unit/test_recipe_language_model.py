@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from recipe_modules import load
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "language_model"
 
 
-def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"language_model_{name}", RECIPE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-data, model, tokens = recipe("data"), recipe("model"), recipe("tokens")
+data, model, tokens = load("language_model", "data", "model", "tokens")
 
 
 def make_model(causal: bool):

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import pickle
 import struct
 import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from recipe_modules import load
 from torch import nn
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "translation"
 
 
-def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"translation_{name}", RECIPE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-data, model = recipe("data"), recipe("model")
+data, model = load("translation", "data", "model")
 
 ENGLISH = ["The first.", "", "The third, which is much longer.", "Naïve, the fourth"]
 FRENCH = ["Le premier.", "Rien.", "Le troisième.", "Naïf, le quatrième"]
@@ -160,7 +150,7 @@ def train():
     for name in ("data", "model"):  # other recipes have modules of these names
         sys.modules.pop(name, None)
     try:
-        yield recipe("train")
+        yield load("translation", "train")[0]
     finally:
         sys.path.remove(str(RECIPE))
         for name in ("data", "model"):

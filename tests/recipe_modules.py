@@ -1,0 +1,24 @@
+"""Modules of a recipe under names of their own: several recipes have a ``data`` and a ``model``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load(recipe: str, *names: str) -> list[ModuleType]:
+    """``recipes/RECIPE/NAME.py`` for each name; the search path is as it was afterwards."""
+    path, found = list(sys.path), []
+    for name in names:
+        spec = importlib.util.spec_from_file_location(f"{recipe}_{name}", RECIPES / recipe / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        found.append(module)
+    sys.path[:] = path
+    return found
