@@ -15,9 +15,9 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "sharded"))
-from model import SmallGPT  # a LightningModule is an nn.Module
-from text import Windows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+from small_gpt import SmallGPT  # a LightningModule is an nn.Module
+from windows import Windows
 
 GLOBAL_BATCH, LENGTH = 24, 64
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_soo.integrations.fabric import setup  # makes Fabric know soo_ddp, soo_fsdp, soo_fsdp2, ...
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "sharded"))
-from model import SmallGPT
-from text import Windows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+from small_gpt import SmallGPT
+from windows import Windows
 
 HERE = Path(__file__).resolve().parent
 GLOBAL_BATCH, LENGTH = 24, 64

@@ -18,9 +18,9 @@ import lightning as L
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, DistributedSampler
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "sharded"))
-from model import SmallGPT
-from text import Windows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+from small_gpt import SmallGPT
+from windows import Windows
 
 
 class Text(L.LightningDataModule):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -14,9 +16,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported
 
 import lightning as L
-from model import SmallGPT
-from text import Windows
 from torch.utils.data import DataLoader, DistributedSampler
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+from small_gpt import SmallGPT
+from windows import Windows
 
 import lightning_soo.strategies  # registers soo_ddp, soo_fsdp, soo_fsdp2, soo_hsdp, soo_deepspeed
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder

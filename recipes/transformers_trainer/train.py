@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "sharded"))
-from text import VOCABULARY, Windows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+from windows import VOCABULARY, Windows
 
 GLOBAL_BATCH, LENGTH, MASK = 24, 64, VOCABULARY
 

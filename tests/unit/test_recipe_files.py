@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,14 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert words in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "recipes").iterdir()) == ["autoencoder", "common"]
     assert (tmp_path / "recipes" / "common" / "training.py").read_text() == "# mine"
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RECIPES.glob("*/README.md")))
+def test_programs_import_nothing_that_is_not_copied(name: str) -> None:
+    """Their own folder's modules, and those of the shared ones."""
+    folders = [RECIPES / name, RECIPES / "common"]
+    here = {path.stem for folder in folders for path in folder.glob("*.py")}
+    elsewhere = {path.stem for path in RECIPES.glob("*/*.py")} - here
+    for path in (RECIPES / name).glob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        assert not elsewhere & {*imported}, path

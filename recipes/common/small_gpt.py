@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import lightning as L
 import torch
-from text import VOCABULARY
 from torch import Tensor, nn
+from windows import VOCABULARY
 
 
 class Layer(nn.Module):
