@@ -102,8 +102,8 @@ def main() -> None:
         "",
         f"{machine()}.",
         f"Products: float32 {gemm_rate(torch.float32) / 1e9:.0f} Gflop/s; memory {memory_rate() / 1e9:.0f} GB/s.",
-        f"Median [smallest, largest] of {arguments.repeats} turns. The bounds count products of matrices: three for each",
-        "layer in a forward and backward pass, six in a product with the Hessian, ten in a step of one iteration.",
+        f"Median [smallest, largest] of {arguments.repeats} turns. The bounds count products of matrices: three for",
+        "each layer in a forward and backward pass, six in a product with the Hessian, ten in a step of one iteration.",
         "",
     ]
     for name in arguments.tasks:

@@ -68,7 +68,8 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             memory of one model while the step lasts.
         keep_graphs: keep the graph of every micro-batch for products, or (False) build it for each product; None keeps
             it where there is one micro-batch.
-        nonfinite: a loss, a gradient or a product with the curvature that is not finite: ``"skip"`` the step and warn once, or ``"raise"``.
+        nonfinite: a loss, a gradient or a product with the curvature that is not finite: ``"skip"`` the step and warn
+            once, or ``"raise"``.
         seed: of the choice of examples for ``hessian_fraction``.
 
     Attributes:
