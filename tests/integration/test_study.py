@@ -29,7 +29,9 @@ def gradient_descent(model, seed, lr, dampening):
 
     folder = pathlib.Path(__file__).parent
     while seed and (folder / "hold").exists():  # not while steps are timed
-        (folder / "held").write_text(str(os.getpid()))
+        mine = folder / f"held.{os.getpid()}"
+        mine.write_text(str(os.getpid()))
+        os.replace(mine, folder / "held")  # whoever reads it reads all of it
         time.sleep(0.02)
     return torch.optim.SGD(model.parameters(), lr, momentum=0.5, dampening=dampening)
 """
@@ -57,7 +59,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def wait_until_held(folder: Path, process: subprocess.Popen[str]) -> int:
     """Process id of a worker that waits in the extra method; everything before it has been done."""
     limit = time.monotonic() + 100
-    while not (folder / "held").exists() or not (folder / "held").read_text():
+    while not (folder / "held").exists():
         assert process.poll() is None and time.monotonic() < limit, process.communicate(timeout=5)[0]
         time.sleep(0.05)
     time.sleep(1.0)  # the other worker may still be at a run before
@@ -136,7 +138,7 @@ def test_interrupted_killed_and_resumed(folder: Path, whole: str) -> None:
     path = folder / "parts" / "smoke" / "runs.jsonl"
     (folder / "hold").touch()
     first = start(folder, "parts")
-    worker = wait_until_held(folder, first)
+    wait_until_held(folder, first)
     os.killpg(first.pid, signal.SIGINT)  # what Ctrl-C does
     output, _ = first.communicate(timeout=30)
     kept = path.read_bytes()
