@@ -51,7 +51,10 @@ def start(folder: Path, results: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()  # nothing is left of one that did not end; its workers follow
     assert process.returncode == 0, output
     return output
 
