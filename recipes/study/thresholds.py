@@ -31,11 +31,16 @@ SCALABLE_MULTIPLE = 16
 
 # -- sensitivity of a grid: the share of its points whose final training loss is within this factor of the best --
 SENSITIVITY_WITHIN = 1.25
-# and of those that reach the target, the share that needs at most this multiple of the fewest steps
+# and the share of them (all count) that reaches the target in at most this multiple of the fewest steps
 SENSITIVITY_STEPS_WITHIN = 2.0
+# a share grows or shrinks with the batch if a straight line through it changes by at least this over all batch sizes
+SENSITIVITY_CHANGE = 0.2
 
 # seeds: differences of medians smaller than this many times the larger spread (largest less smallest) are called noise
 NOISE_SPREADS = 1.0
+# with fewer seeds of a tuned point, or fewer batch sizes of a method, nothing is decided
+LEAST_SEEDS = 3
+LEAST_SIZES = 3
 
 RULES = {
     "success in steps": f"at most {SUCCESS_STEPS:g} of the steps of the best first-order method to the target",
@@ -46,7 +51,15 @@ RULES = {
         f"least {SCALABLE_MULTIPLE} B0; partly: on one task; else no"
     ),
     "sensitivity": f"share of the grid whose final training loss is within {SENSITIVITY_WITHIN:g} of the grid's best",
-    "noise": f"differences of medians below {NOISE_SPREADS:g} times the larger spread over seeds",
+    "noise": f"differences of medians of at most {NOISE_SPREADS:g} times the larger spread (range) over seeds",
+    "undecided": f"fewer than {LEAST_SEEDS} seeds of a tuned point, or fewer than {LEAST_SIZES} batch sizes",
+    "critical batch size": (
+        f"the largest batch size at which steps(B0) B0 / (steps(B) B) is at least {SCALABLE_EFFICIENCY:g}"
+    ),
+    "published finding": (
+        "seen: scaling stops within the batch sizes run, no later than SGD's, by the medians and for most seeds; not "
+        "seen: SGD's stops and it goes on to larger batches, by the medians and for every seed; else undecided"
+    ),
 }
 
 

@@ -1,0 +1,63 @@
+"""What a panel shows, in one short line made from its numbers."""
+
+from __future__ import annotations
+
+from cells import Study
+from names import Names
+from sensitivity import Trend, share_trend, shares_of_loss
+from verdicts import Comparison, Outcome, at_best_batch_size, cheapest
+from wording import amount, ratio
+
+
+def headline_of_steps(study: Study, task: str, names: Names, measure: str = "steps") -> str:
+    """The best of each order at the largest batch size."""
+    size = study.batch_sizes(task)[-1]
+    cells = study.at(task, size)
+    ours = cheapest([cell for cell in cells if names.orders[cell.method] == 2], measure)
+    theirs = cheapest([cell for cell in cells if names.orders[cell.method] == 1], measure)
+    if ours is None or theirs is None:
+        return f"At {size}: only one order was run"
+    found = Comparison(measure, ours, theirs)
+    if found.outcome is Outcome.NEITHER:
+        return f"At {size}: no method reaches it"
+    return f"At {size}: {_who(found, names, 'fewer')}"
+
+
+def headline_of_total(study: Study, task: str, names: Names, measure: str) -> str:
+    """The least of each order at any batch size."""
+    found = at_best_batch_size(study, task, names.orders, measure)
+    if found is None:
+        return "Only one order was run"
+    if found.outcome is Outcome.NEITHER:
+        return "No method reaches the target"
+    return f"Least: {_who(found, names, 'less')}"
+
+
+def _who(found: Comparison, names: Names, less: str) -> str:
+    ours, theirs = names.methods[found.ours.method], names.methods[found.theirs.method]
+    ours, theirs = (name.partition(",")[0] for name in (ours, theirs))
+    times = found.times
+    if found.outcome is Outcome.LESS:
+        return f"{ours}, {ratio(times)}x {less} than {theirs}" if times else f"{ours}; no first order arrives"
+    if found.outcome is Outcome.MORE:
+        return f"{theirs}, {ratio(1 / times)}x {less} than {ours}" if times else f"{theirs}; no second order arrives"
+    if found.outcome is Outcome.SAME:
+        return f"{ours} and {theirs} within the spread"
+    values = [cell.to_target(found.measure) for cell in (found.ours, found.theirs)]
+    texts = [f"{name} {amount(v.median)}" for name, v in zip((ours, theirs), values, strict=True) if v.found]
+    return f"{', '.join(texts)} (too few seeds)"
+
+
+def headline_of_sensitivity(study: Study, task: str, names: Names) -> str:
+    """For how many methods the share of good settings shrinks as the batch grows."""
+    trends = [
+        share_trend(shares_of_loss(study.of_method(task, method)))[0]
+        for method in names.methods
+        if study.of_method(task, method)
+    ]
+    known = [trend for trend in trends if trend is not Trend.UNKNOWN]
+    if not known:
+        return "good settings: too few batch sizes"
+    counts = {trend: known.count(trend) for trend in (Trend.SHRINKS, Trend.GROWS)}
+    words = [f"{verb} for {counts[trend]}" for trend, verb in ((Trend.SHRINKS, "fewer"), (Trend.GROWS, "more"))]
+    return f"Good settings: {', '.join(words)} of {len(known)}"

@@ -1,0 +1,214 @@
+"""What the numbers decide: who needs less than the best first-order method, what scales, and the rows of the table.
+
+All rules are those of ``thresholds.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from cells import Cell, Spread, Study
+from scaling import Scaling
+from thresholds import LEAST_SEEDS, NOISE_SPREADS, SCALABLE_MULTIPLE, SUCCESS_SECONDS, SUCCESS_STEPS
+
+
+class Outcome(Enum):
+    """One spread against another."""
+
+    LESS = "less"
+    MORE = "more"
+    SAME = "no difference beyond the spread"
+    NEITHER = "neither reaches the target"
+    UNDECIDED = "cannot be decided"
+
+
+def compare(ours: Spread, theirs: Spread) -> Outcome:
+    """Whether `ours` needs less than `theirs`, more, or neither beyond the spread of the seeds.
+
+    One that reaches the target beats one that does not, if all of its seeds do or none of the other's.
+    """
+    if any(0 < spread.count < LEAST_SEEDS for spread in (ours, theirs)):
+        return Outcome.UNDECIDED
+    if not ours.found and not theirs.found:
+        return Outcome.NEITHER
+    if ours.found != theirs.found:
+        winner, loser = (ours, theirs) if ours.found else (theirs, ours)
+        sure = winner.reached == winner.count or loser.reached == 0
+        return Outcome.SAME if not sure else Outcome.LESS if ours.found else Outcome.MORE
+    if abs(ours.median - theirs.median) <= NOISE_SPREADS * max(ours.width, theirs.width):
+        return Outcome.SAME
+    return Outcome.LESS if ours.median < theirs.median else Outcome.MORE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A second-order method against the best first-order one.
+
+    Args:
+        measure: one of ``records.CLOCKS``.
+        ours, theirs: at the same batch size, or each at its own best one.
+    """
+
+    measure: str
+    ours: Cell
+    theirs: Cell
+
+    @property
+    def outcome(self) -> Outcome:
+        return compare(self.ours.to_target(self.measure), self.theirs.to_target(self.measure))
+
+    @property
+    def times(self) -> float | None:
+        """How many times as much the first-order method needs; None where one of them does not reach the target."""
+        ours, theirs = self.ours.to_target(self.measure), self.theirs.to_target(self.measure)
+        return theirs.median / ours.median if ours.found and theirs.found else None
+
+    @property
+    def success(self) -> bool:
+        """Less beyond the spread, and by as much as ``thresholds.py`` asks of this measure."""
+        share = SUCCESS_STEPS if self.measure in ("steps", "samples") else SUCCESS_SECONDS
+        return self.outcome is Outcome.LESS and (self.times is None or self.times >= 1 / share)
+
+
+def cheapest(cells: Sequence[Cell], measure: str) -> Cell | None:
+    """The cell with the least median to the target; where none reaches it, the first; None without cells."""
+
+    def needed(cell: Cell) -> float:
+        spread = cell.to_target(measure)
+        return spread.median if spread.found else math.inf
+
+    return min(cells, key=needed, default=None)
+
+
+def at_same_batch_size(
+    study: Study, task: str, method: str, orders: Mapping[str, int], measure: str
+) -> list[Comparison]:
+    """With the best first-order method of each batch size, in rising order; sizes without one are left out."""
+    found = []
+    for cell in study.of_method(task, method):
+        rivals = [c for c in study.at(task, cell.batch_size) if orders[c.method] == 1]
+        best = cheapest(rivals, measure)
+        if best is not None:
+            found.append(Comparison(measure, cell, best))
+    return found
+
+
+def at_best_batch_size(
+    study: Study, task: str, orders: Mapping[str, int], measure: str, method: str | None = None
+) -> Comparison | None:
+    """The least that second order needs at any batch size, and the least that first order does.
+
+    Args:
+        method: of second order; None: the best of them.
+    """
+    mine = [cell for cell in study.cells.values() if cell.task == task]
+    ours = cheapest([c for c in mine if orders[c.method] == 2 and method in (None, c.method)], measure)
+    theirs = cheapest([c for c in mine if orders[c.method] == 1], measure)
+    return None if ours is None or theirs is None else Comparison(measure, ours, theirs)
+
+
+class Finding(Enum):
+    """Whether the published finding is seen: beyond a critical batch size it scales no better than SGD."""
+
+    SEEN = "seen"
+    NOT_SEEN = "not seen"
+    UNDECIDED = "cannot be decided here"
+
+
+def scales_no_better(method: Scaling | None, sgd: Scaling | None) -> Finding:
+    """Whether scaling of `method` stops, no later than that of `sgd`.
+
+    Seen: the method's scaling stops within the batch sizes that were run, at SGD's critical batch size or before, by
+    the medians and for more than half of the seeds. Not seen: SGD's stops and the method's goes on to larger batches,
+    by the medians and for every seed. Else it cannot be decided: neither stops, seeds disagree or are too few, batch
+    sizes are too few, or the target was not reached at the smallest one.
+    """
+    if method is None or sgd is None or not (method.decided and sgd.decided):
+        return Finding.UNDECIDED
+    if method.critical is None or sgd.critical is None or not (method.stops or sgd.stops):
+        return Finding.UNDECIDED
+    pairs = [(method.by_seed[seed], sgd.by_seed[seed]) for seed in {*method.by_seed} & {*sgd.by_seed}]
+    if len(pairs) < LEAST_SEEDS:
+        return Finding.UNDECIDED
+    no_later = sum(ours <= theirs for ours, theirs in pairs)
+    if method.critical <= sgd.critical:
+        return Finding.SEEN if no_later > len(pairs) / 2 else Finding.UNDECIDED
+    return Finding.NOT_SEEN if no_later == 0 else Finding.UNDECIDED
+
+
+class Scalable(Enum):
+    YES = "yes"
+    PARTLY = "partly"
+    NO = "no"
+    UNDECIDED = "cannot be decided"
+
+
+def scalable_on(scaling: Scaling) -> Scalable:
+    """Whether one method scales to SCALABLE_MULTIPLE times the smallest batch size of one task."""
+    if not scaling.decided:
+        return Scalable.UNDECIDED
+    if scaling.critical is None:
+        return Scalable.NO
+    if scaling.critical >= SCALABLE_MULTIPLE * scaling.smallest:
+        return Scalable.YES
+    return Scalable.NO if max(scaling.sizes) >= SCALABLE_MULTIPLE * scaling.smallest else Scalable.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Args:
+        reached: of each task, batch sizes at which the target was reached and batch sizes run.
+        successes: of each task and measure (steps, seconds), batch sizes with a success and those compared; empty for
+            first order, which is what is compared with.
+        scaling: of each task.
+        finding: of each task; empty for first order.
+    """
+
+    method: str
+    order: int
+    reached: dict[str, tuple[int, int]]
+    successes: dict[str, dict[str, tuple[int, int]]]
+    scaling: dict[str, Scaling]
+    finding: dict[str, Finding]
+
+    @property
+    def scalable(self) -> Scalable:
+        """Over the tasks: yes on most, partly on at least one, else no; undecided tasks could still be yes."""
+        found = [scalable_on(scaling) for scaling in self.scaling.values()]
+        yes, unknown = found.count(Scalable.YES), found.count(Scalable.UNDECIDED)
+        if 2 * yes > len(found):
+            return Scalable.YES
+        if 2 * (yes + unknown) > len(found):
+            return Scalable.UNDECIDED
+        return Scalable.PARTLY if yes else Scalable.UNDECIDED if unknown else Scalable.NO
+
+
+def table(
+    study: Study,
+    orders: Mapping[str, int],
+    scaling: Mapping[tuple[str, str], Scaling],
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    sgd: str = "sgd",
+) -> list[Entry]:
+    """The rows, in the order of `methods`. Args: sgd: the method that the published finding compares with."""
+    entries = []
+    for method in methods:
+        entry = Entry(method, orders[method], {}, {}, {}, {})
+        for task in (task for task in tasks if study.of_method(task, method)):
+            cells = study.of_method(task, method)
+            entry.reached[task] = sum(cell.to_target().found for cell in cells), len(cells)
+            entry.scaling[task] = scaling[task, method]
+            if entry.order == 2:
+                entry.successes[task] = {}
+                for measure in ("steps", "seconds"):
+                    found = at_same_batch_size(study, task, method, orders, measure)
+                    entry.successes[task][measure] = sum(c.success for c in found), len(found)
+                entry.finding[task] = scales_no_better(entry.scaling[task], scaling.get((task, sgd)))
+        entries.append(entry)
+    return entries
