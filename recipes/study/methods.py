@@ -64,14 +64,14 @@ class Method:
     make: Callable[..., Any]
     default: bool = True
 
-    def grid(self, size: int, scale: float = 1.0) -> list[dict[str, float]]:
-        """``size * size`` settings, the first axis around its middle times `scale`.
+    def grid(self, size: int, scales: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, float]]:
+        """``size * size`` settings, each axis around its middle times its scale.
 
         Raises:
             ValueError: an axis has fewer values than asked for: its limit is too near.
         """
         (first, x), (second, y) = self.axes.items()
-        columns, rows = x.values(size, scale), y.values(size)
+        columns, rows = x.values(size, scales[0]), y.values(size, scales[1])
         for name, values in ((first, columns), (second, rows)):
             if len(values) != size:
                 raise ValueError(f"{self.name}: axis {name} has {len(values)} values of {size}: {values}")
@@ -124,7 +124,7 @@ def adamw(model: nn.Module, seed: int, lr: float, beta2: float) -> Any:
 
 @method("K-FAC", order=2, lr=Axis(0.02, 4), damping=Axis(1e-2, 10))
 def kfac(model: nn.Module, seed: int, lr: float, damping: float) -> Any:
-    """Factors of the gradients of training themselves: no pass beside SGD's two."""
+    """Factors of the gradients of training themselves: no pass beside SGD's two. No bound on the step besides."""
     from lightning_soo import KFAC
 
     return KFAC(
@@ -143,7 +143,7 @@ def kfac(model: nn.Module, seed: int, lr: float, damping: float) -> Any:
     )
 
 
-@method("Shampoo", order=2, lr=Axis(4e-3, 4), preconditioner_eps=Axis(1e-4, 100))
+@method("Shampoo", order=2, lr=Axis(8e-3, 4), preconditioner_eps=Axis(1e-4, 100))
 def shampoo(model: nn.Module, seed: int, lr: float, preconditioner_eps: float) -> Any:
     from lightning_soo import Shampoo
 
@@ -160,7 +160,7 @@ def shampoo(model: nn.Module, seed: int, lr: float, preconditioner_eps: float) -
     )
 
 
-@method("SONew", order=2, lr=Axis(4e-3, 4), eps=Axis(1e-8, 100))
+@method("SONew", order=2, lr=Axis(0.016, 4), eps=Axis(1e-6, 100))
 def sonew(model: nn.Module, seed: int, lr: float, eps: float) -> Any:
     from lightning_soo import SONew
 
