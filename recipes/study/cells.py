@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from records import CLOCKS, Record, seeds_of, tuned
+from records import Record, seeds_of, tuned
 from thresholds import REACHED_SEEDS
 
 
@@ -129,5 +129,3 @@ class Study:
 def _ordered(found: set[str], order: Sequence[str]) -> list[str]:
     return [name for name in order if name in found] + sorted(found - {*order})
 
-
-__all__ = ["CLOCKS", "Cell", "Spread", "Study", "to_target"]

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cells import CLOCKS, Cell, Study
+from cells import Cell, Study
 from headlines import headline_of_sensitivity, headline_of_steps, headline_of_total
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from names import Names
+from records import CLOCKS
 from scaling import own_speed_up
 from sensitivity import shares_of_loss, shares_of_steps
 from style import INK, PAPER, batch_axis, legend, line_style, number_axis
@@ -74,17 +75,17 @@ def cost_figure(study: Study, task: str, names: Names) -> Figure:
 def speed_up_figure(study: Study, names: Names) -> Figure:
     """A row for each task: over the method's own smallest batch, and over the best first-order method at each size."""
     figure = Figure(figsize=(9, 0.6 + 2.9 * len(names.tasks)), layout="constrained")
-    for part, task in zip(_rows(figure, len(names.tasks)), names.tasks, strict=True):
+    for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
         part.suptitle(names.tasks[task], x=0.01, ha="left", fontweight="bold", fontsize=10)
         sizes = study.batch_sizes(task)
         own, steps, seconds = part.subplots(1, 3)
         for method in names.methods:
             style = line_style(method, names)
-            _plot(own, own_speed_up(study.of_method(task, method), sizes[0]), sizes, style)
+            plot_gaps(own, own_speed_up(study.of_method(task, method), sizes[0]), sizes, style)
             for axis, measure in ((steps, "steps"), (seconds, "seconds")):
                 if names.orders[method] == 2:
                     found = at_same_batch_size(study, task, method, names.orders, measure)
-                    _plot(axis, {c.ours.batch_size: c.times for c in found}, sizes, style)
+                    plot_gaps(axis, {c.ours.batch_size: c.times for c in found}, sizes, style)
         own.plot([sizes[0], sizes[-1]], [1, sizes[-1] / sizes[0]], color=INK, linestyle=":", linewidth=1)
         for axis, label in (
             (own, f"speed-up in steps over own batch {sizes[0]}"),
@@ -103,15 +104,15 @@ def speed_up_figure(study: Study, names: Names) -> Figure:
 def sensitivity_figure(study: Study, names: Names) -> Figure:
     """A row for each task: the share of the grid near the best by final loss, by steps, and that reaches the target."""
     figure = Figure(figsize=(9, 0.6 + 2.9 * len(names.tasks)), layout="constrained")
-    for part, task in zip(_rows(figure, len(names.tasks)), names.tasks, strict=True):
-        headline = headline_of_sensitivity(study, task, names)
+    for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
+        headline = f"share near the best {headline_of_sensitivity(study, task, names)} methods"
         part.suptitle(f"{names.tasks[task]}: {headline}", x=0.01, ha="left", fontweight="bold", fontsize=10)
         axes = part.subplots(1, 3, sharey=True)
         _sensitivity(axes[0], study, task, names)
         for axis, within in ((axes[1], SENSITIVITY_STEPS_WITHIN), (axes[2], math.inf)):
             for method in names.methods:
                 shares = shares_of_steps(study.of_method(task, method), within)
-                _plot(axis, shares, study.batch_sizes(task), line_style(method, names))
+                plot_gaps(axis, shares, study.batch_sizes(task), line_style(method, names))
             batch_axis(axis, study.batch_sizes(task))
         for axis, label in zip(
             axes,
@@ -132,25 +133,29 @@ def sensitivity_figure(study: Study, names: Names) -> Figure:
 def _sensitivity(axis: Axes, study: Study, task: str, names: Names) -> None:
     for method in names.methods:
         shares = shares_of_loss(study.of_method(task, method))
-        _plot(axis, shares, study.batch_sizes(task), line_style(method, names))
+        plot_gaps(axis, shares, study.batch_sizes(task), line_style(method, names))
     batch_axis(axis, study.batch_sizes(task))
     axis.set_ylim(-0.04, 1.04)
 
 
-def _plot(axis: Axes, values: Mapping[int, float | None], sizes: list[int], style: dict[str, Any]) -> None:
+def plot_gaps(axis: Axes, values: Mapping[int, float | None], sizes: list[int], style: dict[str, Any]) -> None:
     """A line with gaps where there is no value."""
     heights = [math.nan if (value := values.get(size)) is None else value for size in sizes]
     axis.plot(sizes, heights, **style)
 
 
-def _rows(figure: Figure, count: int) -> list[Any]:
+def rows(figure: Figure, count: int) -> list[Any]:
+    """A part of the figure for each task, with some air between the panels."""
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.set(w_pad=0.08, h_pad=0.05)
     return list(figure.subfigures(count, 1, squeeze=False)[:, 0])
 
 
 def main_figure(study: Study, names: Names) -> Figure:
     """The study in one picture, 900 pixels wide at 100 dpi: steps, seconds and sensitivity, a row for each task."""
     figure = Figure(figsize=(9, 0.75 + 2.75 * len(names.tasks)), layout="constrained")
-    for part, task in zip(_rows(figure, len(names.tasks)), names.tasks, strict=True):
+    for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
         target = study.at(task, study.batch_sizes(task)[0])[0].grid[0].target
         title = f"{names.tasks[task]}, to {names.losses[task]} {target:g}"
         part.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
@@ -161,7 +166,7 @@ def main_figure(study: Study, names: Names) -> Figure:
         titles = (
             headline_of_steps(study, task, names, "steps"),
             headline_of_total(study, task, names, "seconds"),
-            headline_of_sensitivity(study, task, names),
+            headline_of_sensitivity(study, task, names).capitalize(),
         )
         labels = ("steps to target", "CPU seconds to target", f"grid share within {SENSITIVITY_WITHIN:g} of best")
         for axis, text, label in zip((steps, seconds, share), titles, labels, strict=True):

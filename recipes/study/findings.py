@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from cells import CLOCKS, Study
+from cells import Study
 from names import Names
+from records import CLOCKS
 from scaling import Scaling
 from sensitivity import Trend, dispersion, share_trend, shares_of_loss
-from thresholds import LEAST_SEEDS, SENSITIVITY_WITHIN
+from thresholds import LEAST_SEEDS, SCALABLE_EFFICIENCY, SENSITIVITY_WITHIN
 from verdicts import Comparison, Finding, Outcome, at_best_batch_size, at_same_batch_size, cheapest, scales_no_better
 from wording import amount, listed, percent, ranged, ratio
 
 PUBLISHED = "kfac"  # the method of the published finding, which compares it with SGD
 SGD = "sgd"
-FEWER = {"steps": "fewer steps", "samples": "fewer samples", "seconds": "fewer seconds", "propagations": "fewer passes"}
 
 
 @dataclass
@@ -90,11 +90,13 @@ def published(study: Study, names: Names, scaling: Mapping[tuple[str, str], Scal
         verdicts: dict[Finding, list[str]] = {}
         for task in names.tasks:
             ours, theirs = scaling.get((task, method)), scaling.get((task, SGD))
-            detail = f"{names.tasks[task]}: {_reach(ours)} against {_reach(theirs)}"
-            verdicts.setdefault(scales_no_better(ours, theirs), []).append(detail)
-        words = [f"{finding.value} ({'; '.join(tasks)})" for finding, tasks in verdicts.items()]
+            finding, why = scales_no_better(ours, theirs)
+            detail = f"{names.tasks[task]}: {_reach(ours)} against SGD's {_reach(theirs)}{f'; {why}' if why else ''}"
+            verdicts.setdefault(finding, []).append(detail)
+        words = [f"{finding.value} ({' | '.join(tasks)})" for finding, tasks in verdicts.items()]
         start = (
-            f"Published finding, {names.methods[method]} scales no better than SGD beyond a critical batch size"
+            f"Published finding, {names.methods[method]} scales no better than SGD beyond a critical batch size (which "
+            "stands behind each task)"
             if method == PUBLISHED
             else f"The same of {names.methods[method]}"
         )
@@ -106,13 +108,14 @@ def _reach(scaling: Scaling | None) -> str:
     """Up to which batch size steps fall well enough."""
     if scaling is None:
         return "not run"
-    if scaling.critical is None:
+    if scaling.reach is None:
         return "no target at the smallest batch"
-    if not scaling.stops:
-        return f"scales to {scaling.critical}, the largest run"
-    seeds = sorted(scaling.by_seed.values())
-    spread = f" (seeds {seeds[0]} to {seeds[-1]})" if seeds and seeds[0] != seeds[-1] else ""
-    return f"scales to {scaling.critical}{spread}"
+    if not scaling.reach.stops:
+        return f"no end up to {scaling.largest}"
+    seeds = sorted(reach.critical for reach in scaling.by_seed.values())
+    ends = [amount(seed) if math.isfinite(seed) else f"no end up to {scaling.largest}" for seed in seeds]
+    spread = f" (seeds {ends[0]} to {ends[-1]})" if len(seeds) > 1 and ends[0] != ends[-1] else ""
+    return f"{amount(scaling.reach.critical)}{spread}"
 
 
 def totals(study: Study, task: str, names: Names) -> list[str]:
@@ -142,7 +145,7 @@ def _verdict(found: Comparison) -> str:
     elif found.outcome is Outcome.MORE:
         text = f"first order needs {ratio(1 / found.times)} times less" if found.times else "only first order arrives"
     elif found.outcome is Outcome.UNDECIDED:
-        text = f"cannot be decided with fewer than {LEAST_SEEDS} seeds"
+        text = f"cannot be decided, fewer than {LEAST_SEEDS} seeds"
     else:
         text = found.outcome.value
     return text
@@ -158,12 +161,9 @@ def by_batch_size(study: Study, task: str, names: Names) -> list[str]:
             if found:
                 words.append(f"{measure}{' and samples' if measure == 'steps' else ''} {_outcomes(found)}")
         if words:
-            points.append(f"{names.methods[method]} against the best first-order method: {'. '.join(map(_cap, words))}.")
+            text = ". ".join(word[:1].upper() + word[1:] for word in words)
+            points.append(f"{names.methods[method]} against the best first-order method: {text}.")
     return points
-
-
-def _cap(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _outcomes(found: Sequence[Comparison]) -> str:
@@ -173,7 +173,8 @@ def _outcomes(found: Sequence[Comparison]) -> str:
         mine = [c for c in found if c.outcome is outcome]
         if not mine:
             continue
-        text = f"{outcome.value} at {listed([c.ours.batch_size for c in mine])}"
+        sizes = "every batch size" if len(mine) == len(found) > 1 else listed([c.ours.batch_size for c in mine])
+        text = f"{outcome.value} at {sizes}"
         if outcome in (Outcome.LESS, Outcome.MORE):
             times = [c.times if outcome is Outcome.LESS else 1 / c.times for c in mine if c.times]
             extra = [f"{ranged(times)} times"] if times else []
@@ -181,6 +182,8 @@ def _outcomes(found: Sequence[Comparison]) -> str:
                 side = "only it" if outcome is Outcome.LESS else "only first order"
                 extra.append(f"{side} arrives at {listed(alone)}")
             text += f" ({'; '.join(extra)})"
+        elif outcome is Outcome.UNDECIDED:
+            text += f" (fewer than {LEAST_SEEDS} seeds)"
         words.append(text)
     return ", ".join(words)
 
@@ -188,7 +191,7 @@ def _outcomes(found: Sequence[Comparison]) -> str:
 def scaling_of_methods(task: str, names: Names, scaling: Mapping[tuple[str, str], Scaling]) -> list[str]:
     """The critical batch size of each method."""
     words = [f"{names.methods[m]} {_reach(scaling[task, m])}" for m in names.methods if (task, m) in scaling]
-    return [f"Critical batch size: {'; '.join(words)}."]
+    return [f"Critical batch size, where efficiency falls below {SCALABLE_EFFICIENCY:g}: {'; '.join(words)}."]
 
 
 def sensitivity_of_methods(study: Study, task: str, names: Names) -> list[str]:
@@ -200,7 +203,7 @@ def sensitivity_of_methods(study: Study, task: str, names: Names) -> list[str]:
         if not known:
             continue
         trend, _ = share_trend(shares)
-        (low, first), (high, last) = list(known.items())[0], list(known.items())[-1]
+        (low, first), (high, last) = min(known.items()), max(known.items())
         span = f"{percent(first)} at {low}" + (f", {percent(last)} at {high}" if high != low else "")
         verb = "too few batch sizes" if trend is Trend.UNKNOWN else trend.value
         words.append(f"{names.methods[method]} {span} ({verb})")

@@ -57,7 +57,6 @@ def headline_of_sensitivity(study: Study, task: str, names: Names) -> str:
     ]
     known = [trend for trend in trends if trend is not Trend.UNKNOWN]
     if not known:
-        return "good settings: too few batch sizes"
-    counts = {trend: known.count(trend) for trend in (Trend.SHRINKS, Trend.GROWS)}
-    words = [f"{verb} for {counts[trend]}" for trend, verb in ((Trend.SHRINKS, "fewer"), (Trend.GROWS, "more"))]
-    return f"Good settings: {', '.join(words)} of {len(known)}"
+        return "too few batch sizes for a trend"
+    shrinks, grows = known.count(Trend.SHRINKS), known.count(Trend.GROWS)
+    return f"shrinks for {shrinks}, grows for {grows} of {len(known)}"

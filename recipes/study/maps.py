@@ -25,7 +25,7 @@ def heat_figure(study: Study, task: str, names: Names) -> Figure:
     """A map for each method and batch size: steps to the target over the fewest of that map."""
     methods = [name for name in names.methods if study.of_method(task, name)]
     sizes = study.batch_sizes(task)
-    figure = Figure(figsize=(1.7 + 1.25 * len(sizes), 1.0 + 1.2 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(2.6 + 1.25 * len(sizes), 1.1 + 0.95 * len(methods)), layout="constrained")
     axes = figure.subplots(len(methods), len(sizes), squeeze=False)
     norm = LogNorm(1.0, WORST)
     mesh = None
@@ -39,8 +39,8 @@ def heat_figure(study: Study, task: str, names: Names) -> Figure:
             _grid_ticks(axis, grid, axis is row[0], cell is None)
             if axis in axes[0]:
                 axis.set_title(f"B = {size_label(size)}", loc="center")
-        row[0].set_ylabel(f"{names.methods[method]}\n{grid.names[0]}")
-        row[-1].annotate(grid.names[1], (1, -0.30), xycoords="axes fraction", ha="right", va="top", fontsize=7)
+        label = f"{names.methods[method]}\nup: {grid.names[0]}\nright: {grid.names[1]}"
+        row[0].set_ylabel(label, rotation=0, ha="left", va="center", labelpad=95, fontsize=8)
     if mesh is not None:
         bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=60, shrink=0.6, extend="max", pad=0.02)
         bar.set_label("steps to the target over the fewest of the grid")

@@ -11,7 +11,11 @@ from tasks import TASKS
 
 @dataclass(frozen=True)
 class Names:
-    """Args: tasks, methods: labels by name, in the order of the report; losses: of tasks; orders: 1 or 2, of methods."""
+    """
+    Args:
+        tasks, methods: labels by name, in the order of the report.
+        losses: of tasks. orders: of methods, 1 or 2.
+    """
 
     tasks: dict[str, str]
     losses: dict[str, str]

@@ -121,7 +121,8 @@ class Report:
             add(f"cost_{task}", f"{label}: what the target costs; {ranges}.", cost_figure, study, task, names)
             text = f"{label}: the grid of every method and batch size, steps to the target over the fewest."
             add(f"grid_{task}", text, heat_figure, study, task, names)
-            text = f"{label}: loss on a filter-normalised random plane around tuned solutions (crosses), one colour scale."
+            text = f"{label}: loss on a filter-normalised random plane around tuned solutions (crosses). "
+            text += "One colour scale; its last colour stands for all larger losses."
             add(f"landscape_{task}", text, landscape_figure, self.planes, task, names)
         text = "Speed-up over the method's own smallest batch, and over the best first-order method at the same batch."
         add("speed_up", text, speed_up_figure, study, names)

@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 from cells import Cell, Study, to_target
-from curves import _plot, _rows
+from curves import plot_gaps, rows
 from matplotlib.figure import Figure
 from names import Names
 from sensitivity import dispersion
 from style import batch_axis, legend, line_style, number_axis
 
 COUNTS = {
-    "negative_curvature": "share of steps with negative curvature",
-    "rejected": "share of steps rejected",
+    "negative_curvature": "negative curvature, share of steps",
+    "rejected": "rejected, share of steps",
     "cg_iterations": "CG iterations a step",
 }
 
@@ -22,7 +22,7 @@ COUNTS = {
 def spread_figure(study: Study, names: Names) -> Figure:
     """A row for each task: every seed's steps to the target and final training loss, methods side by side."""
     figure = Figure(figsize=(9, 0.6 + 2.9 * len(names.tasks)), layout="constrained")
-    for part, task in zip(_rows(figure, len(names.tasks)), names.tasks, strict=True):
+    for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
         part.suptitle(names.tasks[task], x=0.01, ha="left", fontweight="bold", fontsize=10)
         axes = part.subplots(1, 2)
         shifts = np.linspace(-0.32, 0.32, len(names.methods))
@@ -32,10 +32,11 @@ def spread_figure(study: Study, names: Names) -> Figure:
                 place = cell.batch_size * 2**shift
                 for axis, values in zip(axes, (_steps(cell), _finals(cell)), strict=True):
                     axis.plot([place] * len(values), values, **{**style, "linestyle": "-", "linewidth": 1})
-        for axis, label in zip(axes, ("steps to the target", f"final {names.losses[task]}"), strict=True):
+        for axis, label in zip(axes, ("steps to the target", "final training loss"), strict=True):
             axis.set_ylabel(label)
             axis.set_xlabel("batch size (methods side by side)")
             batch_axis(axis, study.batch_sizes(task))
+            axis.set_xlim(study.batch_sizes(task)[0] / 1.6, study.batch_sizes(task)[-1] * 1.6)
             number_axis(axis)
     legend(figure, names)
     return figure
@@ -58,20 +59,21 @@ def trust_region_figure(study: Study, names: Names) -> Figure | None:
     if not counting:
         return None
     figure = Figure(figsize=(9, 0.6 + 2.7 * len(names.tasks)), layout="constrained")
-    for part, task in zip(_rows(figure, len(names.tasks)), names.tasks, strict=True):
+    for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
         part.suptitle(names.tasks[task], x=0.01, ha="left", fontweight="bold", fontsize=10)
         axes, sizes = part.subplots(1, 4), study.batch_sizes(task)
         for method in names.methods:
             cells, style = study.of_method(task, method), line_style(method, names)
             for axis, name in zip(axes, COUNTS, strict=False):
                 if method in counting:
-                    _plot(axis, {cell.batch_size: per_step(cell, name) for cell in cells}, sizes, style)
-            _plot(axes[3], {cell.batch_size: dispersion(cell).ratio for cell in cells}, sizes, style)
+                    plot_gaps(axis, {cell.batch_size: per_step(cell, name) for cell in cells}, sizes, style)
+            plot_gaps(axes[3], {cell.batch_size: dispersion(cell).ratio for cell in cells}, sizes, style)
         for axis, label in zip(axes, (*COUNTS.values(), "final losses, quartile 3 / 1"), strict=True):
             axis.set_title(label, fontsize=7.5)
             axis.set_xlabel("batch size")
             batch_axis(axis, sizes)
-            axis.set_ylim(bottom=None if axis is axes[3] else 0)
+            if axis is not axes[3]:
+                axis.set_ylim(0, 1.1 * max(axis.get_ylim()[1], 1e-3))
         number_axis(axes[3])
     legend(figure, names)
     return figure

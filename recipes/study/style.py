@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,11 @@ def to_svg(figure: Figure, name: str) -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, 1), 1)
+    head, rest = text.split(">", 1)
+    text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'id="(figure|axes|patch|line2d|text|matplotlib|xtick|ytick|legend)[^"]*"', "", text)
+    used = {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for found in pair}
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
     return text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
 
-
-Draw = Callable[[], Figure]

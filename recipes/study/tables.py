@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cells import CLOCKS, Cell, Study
+from cells import Cell, Study
 from names import Names
+from records import CLOCKS
 from scaling import Scaling
 from verdicts import Entry
 from wording import amount
@@ -39,8 +40,8 @@ def success_table(entries: Sequence[Entry], names: Names) -> Table:
                 f"{entry.scalable.value} ({scaling})",
             )
         )
-    header = ("method", "order", "target reached", "success in steps", "success in seconds", "scalable? (largest B)")
-    return Table(header, rows)
+    last = "scalable? (largest B that scales)"
+    return Table(("method", "order", "target reached", "success in steps", "success in seconds", last), rows)
 
 
 def _counts(counts: dict[str, tuple[int, int]], names: Names) -> str:
@@ -58,14 +59,14 @@ def _successes(entry: Entry, measure: str, names: Names) -> str:
 def _critical(scaling: Scaling) -> str:
     if not scaling.decided:
         return "too few sizes"
-    if scaling.critical is None:
+    if scaling.reach is None:
         return f"none: no target at {scaling.smallest}"
-    times = f"{scaling.critical} = {scaling.critical // scaling.smallest} B0"
-    return times if scaling.stops else f"{times}, the largest run"
+    times = f"{scaling.reach.holds} = {scaling.reach.holds // scaling.smallest} B0"
+    return times if scaling.reach.stops else f"{times}, the largest run"
 
 
 def tuned_table(study: Study, task: str, names: Names) -> Table:
-    """Every tuned point of a task: settings and, over its seeds, median (lowest to highest) of what the target costs."""
+    """Every tuned point of a task: settings and what the target costs, median over the seeds (lowest to highest)."""
     rows = []
     for method, label in names.methods.items():
         for size in study.batch_sizes(task):

@@ -29,6 +29,8 @@ SCALABLE_EFFICIENCY = 0.5
 # "scalable" of the table: yes where the largest batch size at which efficiency holds is at least this multiple of B0 on
 # most tasks, partly where it is on one, else no. Reaching no target at B0 is no
 SCALABLE_MULTIPLE = 16
+# one method scales better than another where its critical batch size is more than this many times the other's
+CRITICAL_RATIO = 1.5
 
 # -- sensitivity of a grid: the share of its points whose final training loss is within this factor of the best --
 SENSITIVITY_WITHIN = 1.25
@@ -55,11 +57,13 @@ RULES = {
     "noise": f"differences of medians of at most {NOISE_SPREADS:g} times the larger spread (range) over seeds",
     "undecided": f"fewer than {LEAST_SEEDS} seeds of a tuned point, or fewer than {LEAST_SIZES} batch sizes",
     "critical batch size": (
-        f"the largest batch size at which steps(B0) B0 / (steps(B) B) is at least {SCALABLE_EFFICIENCY:g}"
+        f"where steps(B0) B0 / (steps(B) B) falls below {SCALABLE_EFFICIENCY:g}, on a line between batch sizes, both "
+        "axes logarithmic"
     ),
     "published finding": (
-        "seen: scaling stops within the batch sizes run, no later than SGD's, by the medians and for most seeds; not "
-        "seen: SGD's stops and it goes on to larger batches, by the medians and for every seed; else undecided"
+        f"seen: scaling stops within the batch sizes run, at no more than {CRITICAL_RATIO:g} times SGD's critical "
+        "batch size, by the medians and for most seeds; not seen: SGD's stops and it goes on beyond that, by the "
+        "medians and for every seed; else undecided"
     ),
 }
 

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cells import Cell, Spread, Study
-from scaling import Scaling
-from thresholds import LEAST_SEEDS, NOISE_SPREADS, SCALABLE_MULTIPLE, SUCCESS_SECONDS, SUCCESS_STEPS
+from scaling import Reach, Scaling
+from thresholds import (
+    CRITICAL_RATIO,
+    LEAST_SEEDS,
+    LEAST_SIZES,
+    NOISE_SPREADS,
+    SCALABLE_MULTIPLE,
+    SUCCESS_SECONDS,
+    SUCCESS_STEPS,
+)
 
 
 class Outcome(Enum):
@@ -118,25 +126,41 @@ class Finding(Enum):
     UNDECIDED = "cannot be decided here"
 
 
-def scales_no_better(method: Scaling | None, sgd: Scaling | None) -> Finding:
-    """Whether scaling of `method` stops, no later than that of `sgd`.
+def scales_no_better(method: Scaling | None, sgd: Scaling | None) -> tuple[Finding, str]:
+    """Whether scaling of `method` stops, not clearly later than that of `sgd`.
 
-    Seen: the method's scaling stops within the batch sizes that were run, at SGD's critical batch size or before, by
-    the medians and for more than half of the seeds. Not seen: SGD's stops and the method's goes on to larger batches,
-    by the medians and for every seed. Else it cannot be decided: neither stops, seeds disagree or are too few, batch
-    sizes are too few, or the target was not reached at the smallest one.
+    Seen: the method's scaling stops within the batch sizes that were run, at no more than CRITICAL_RATIO times SGD's
+    critical batch size, by the medians and for more than half of the seeds. Not seen: SGD's stops and the method's goes
+    on to more than CRITICAL_RATIO times that, by the medians and for every seed.
+
+    Returns:
+        The finding, and why it cannot be decided ("" where it can).
     """
-    if method is None or sgd is None or not (method.decided and sgd.decided):
-        return Finding.UNDECIDED
-    if method.critical is None or sgd.critical is None or not (method.stops or sgd.stops):
-        return Finding.UNDECIDED
-    pairs = [(method.by_seed[seed], sgd.by_seed[seed]) for seed in {*method.by_seed} & {*sgd.by_seed}]
-    if len(pairs) < LEAST_SEEDS:
-        return Finding.UNDECIDED
-    no_later = sum(ours <= theirs for ours, theirs in pairs)
-    if method.critical <= sgd.critical:
-        return Finding.SEEN if no_later > len(pairs) / 2 else Finding.UNDECIDED
-    return Finding.NOT_SEEN if no_later == 0 else Finding.UNDECIDED
+    if method is None or sgd is None:
+        return Finding.UNDECIDED, "not run"
+    if not (method.decided and sgd.decided):
+        return Finding.UNDECIDED, f"fewer than {LEAST_SIZES} batch sizes"
+    if method.reach is None or sgd.reach is None:
+        return Finding.UNDECIDED, "no target at the smallest batch size"
+    seeds = {*method.by_seed} & {*sgd.by_seed}
+    if len(seeds) < LEAST_SEEDS:
+        return Finding.UNDECIDED, f"fewer than {LEAST_SEEDS} seeds at every batch size"
+    whole = _later(method.reach, sgd.reach, method.largest)
+    each = [_later(method.by_seed[seed], sgd.by_seed[seed], method.largest) for seed in seeds]
+    if whole is None:
+        return Finding.UNDECIDED, "batch sizes end too early"
+    if whole:
+        return (Finding.NOT_SEEN, "") if all(each) else (Finding.UNDECIDED, "seeds disagree")
+    return (Finding.SEEN, "") if 2 * each.count(False) > len(each) else (Finding.UNDECIDED, "seeds disagree")
+
+
+def _later(ours: Reach, theirs: Reach, largest: int) -> bool | None:
+    """Whether our scaling stops clearly later; None where neither stops, or ours is not seen to go far enough."""
+    if not theirs.stops:
+        return False if ours.stops else None
+    if min(ours.critical, largest) > CRITICAL_RATIO * theirs.critical:
+        return True
+    return False if ours.stops else None
 
 
 class Scalable(Enum):
@@ -150,11 +174,11 @@ def scalable_on(scaling: Scaling) -> Scalable:
     """Whether one method scales to SCALABLE_MULTIPLE times the smallest batch size of one task."""
     if not scaling.decided:
         return Scalable.UNDECIDED
-    if scaling.critical is None:
+    if scaling.reach is None:
         return Scalable.NO
-    if scaling.critical >= SCALABLE_MULTIPLE * scaling.smallest:
+    if scaling.reach.holds >= SCALABLE_MULTIPLE * scaling.smallest:
         return Scalable.YES
-    return Scalable.NO if max(scaling.sizes) >= SCALABLE_MULTIPLE * scaling.smallest else Scalable.UNDECIDED
+    return Scalable.NO if scaling.largest >= SCALABLE_MULTIPLE * scaling.smallest else Scalable.UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -209,6 +233,6 @@ def table(
                 for measure in ("steps", "seconds"):
                     found = at_same_batch_size(study, task, method, orders, measure)
                     entry.successes[task][measure] = sum(c.success for c in found), len(found)
-                entry.finding[task] = scales_no_better(entry.scaling[task], scaling.get((task, sgd)))
+                entry.finding[task] = scales_no_better(entry.scaling[task], scaling.get((task, sgd)))[0]
         entries.append(entry)
     return entries

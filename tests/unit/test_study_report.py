@@ -1,0 +1,414 @@
+"""The study's report: its numbers against the laws that made the rows, both outcomes of every finding, the page."""
+
+from __future__ import annotations
+
+import html.parser
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from study_rows import SIZES, falling, never, row, rows_of
+
+STUDY = Path(__file__).parents[2] / "recipes" / "study"
+
+
+def modules(*names: str) -> list[ModuleType]:
+    """The study's modules, which import each other by their short names; other recipes have some of the same."""
+    own = [path.stem for path in STUDY.glob("*.py")]
+    kept = {name: sys.modules.pop(name) for name in own if name in sys.modules}
+    sys.path.insert(0, str(STUDY))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(STUDY))
+        for name in own:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept)
+
+
+cells, records, scaling, sensitivity, verdicts, findings, names, limits, tables, page, thresholds, wording = modules(
+    "cells",
+    "records",
+    "scaling",
+    "sensitivity",
+    "verdicts",
+    "findings",
+    "names",
+    "limits",
+    "tables",
+    "page",
+    "thresholds",
+    "wording",
+)
+ORDERS = {"sgd": 1, "adamw": 1, "kfac": 2, "shampoo": 2, "sonew": 2, "trcg": 2, "strcg": 2}
+
+
+def study_of(rows: list[dict[str, Any]]) -> Any:
+    return cells.Study.of(records.Record(**entry) for entry in rows)
+
+
+def two(kfac_floor: float, sgd_floor: float, samples: float = 20000, **others: Any) -> Any:
+    """SGD and K-FAC, ideal down to a floor: the efficiency is one half at twice samples / floor."""
+    rows = rows_of("mlp", "sgd", falling(samples, sgd_floor), **others)
+    return study_of(rows + rows_of("mlp", "kfac", falling(samples, kfac_floor), **others))
+
+
+def words(study: Any) -> str:
+    own = names.Names.of(study)
+    return "\n".join(
+        point for section in findings.findings(study, own, scaling.scalings(study)) for point in section.points
+    )
+
+
+def test_tuned_points_and_spreads_are_those_of_the_law() -> None:
+    study = study_of(rows_of("mlp", "sgd", falling(20000, 40), wobble=0.1))
+    for size in SIZES:
+        cell = study.cells["mlp", "sgd", size]
+        steps = max(20000 / size, 40)
+        assert cell.tuned == {"lr": 1.0, "momentum": 1.0}
+        assert [run.seed for run in cell.runs] == [0, 1, 2] and len(cell.grid) == 9
+        spread = cell.to_target()
+        assert (spread.low, spread.median, spread.high) == pytest.approx((0.9 * steps, steps, 1.1 * steps))
+        assert cell.to_target("samples").median == pytest.approx(steps * size)
+        assert cell.to_target("propagations").median == pytest.approx(2 * steps * size)
+        assert cell.to_target("seconds").median == pytest.approx(0.01 * steps)
+
+
+def test_a_point_that_no_seed_reaches_is_tuned_by_its_loss_and_one_that_two_of_three_reach_counts() -> None:
+    missed = rows_of("mlp", "sgd", never, sizes=[64])
+    missed[3]["final"] = {"train_loss": 0.1}  # lr 1, momentum 0.1
+    missed += [row("mlp", "sgd", 64, (1.0, 0.1), seed, "seeds", None) for seed in (1, 2)]
+    cell = study_of(missed).cells["mlp", "sgd", 64]
+    assert cell.tuned == {"lr": 1.0, "momentum": 0.1}
+    assert not cell.to_target().found and cell.to_target().median == math.inf
+    assert cell.spent() == 10 * 4096 / 64  # the budget: more steps than these are needed
+
+    two_of_three = rows_of("mlp", "sgd", falling(6400), sizes=[64])
+    two_of_three[-1]["reached"] = None
+    spread = study_of(two_of_three).cells["mlp", "sgd", 64].to_target()
+    assert spread.found and spread.reached == 2 and spread.width == math.inf and spread.median == pytest.approx(102)
+    two_of_three[-2]["reached"] = None
+    assert not study_of(two_of_three).cells["mlp", "sgd", 64].to_target().found
+
+
+def test_every_point_diverged_leaves_a_cell_without_a_tuned_point() -> None:
+    rows = [row("mlp", "sgd", 64, (v, v), 0, "grid", None, diverged=True) for v in (0.1, 1.0)]
+    cell = study_of(rows).cells["mlp", "sgd", 64]
+    assert cell.tuned is None and not cell.to_target().found
+    assert sensitivity.share_of_loss(cell) is None and sensitivity.share_of_steps(cell, 2) is None
+    assert sensitivity.dispersion(cell) == sensitivity.Dispersion(None, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("samples", "floor", "holds", "critical"),
+    [
+        (20000, 25, 1024, 1600),  # floor from batch 800 on, samples are twice the least at 1600
+        (20000, 0, 4096, math.inf),
+        (6400, 25, 256, 512),  # floor from 256 on
+        (6400, 100, 64, 128),  # none at all
+    ],
+)
+def test_critical_batch_size_of_a_law(samples: float, floor: float, holds: int, critical: float) -> None:
+    study = study_of(rows_of("mlp", "sgd", falling(samples, floor), wobble=0.0))
+    found = scaling.scalings(study)["mlp", "sgd"]
+    assert found.decided and found.reach.holds == holds
+    assert found.reach.critical == pytest.approx(critical)
+    assert list(found.by_seed) == [0, 1, 2]
+    assert [reach.critical for reach in found.by_seed.values()] == pytest.approx([critical] * 3)
+
+
+def test_critical_batch_size_of_a_hyperbola_is_that_of_the_law() -> None:
+    """McCandlish's: steps = least (1 + critical / B), over small steps in B and from small B0."""
+    points = [scaling.Point(2**power, 50 * (1 + 2000 / 2**power)) for power in range(1, 16)]
+    assert scaling.reach_of(points, 2).critical == pytest.approx(2000, rel=0.02)
+
+
+def test_a_budget_spent_in_vain_ends_scaling_and_no_target_at_the_smallest_batch_decides_nothing() -> None:
+    law = falling(20000)
+    study = study_of(rows_of("mlp", "sgd", lambda size: law(size) if size < 4096 else None, wobble=0.0))
+    reach = scaling.scalings(study)["mlp", "sgd"].reach
+    assert reach.holds == 1024 and 1024 < reach.critical < 4096
+    late = study_of(rows_of("mlp", "sgd", lambda size: None if size == 64 else law(size)))
+    assert scaling.scalings(late)["mlp", "sgd"].reach is None
+    assert verdicts.scalable_on(scaling.scalings(late)["mlp", "sgd"]) is verdicts.Scalable.NO
+
+
+def test_speed_ups_are_those_of_the_laws() -> None:
+    study = study_of(
+        rows_of("mlp", "sgd", falling(20000, 40))
+        + rows_of("mlp", "adamw", falling(16000, 40))
+        + rows_of("mlp", "kfac", falling(8000, 2), seconds_per_step=0.05)
+    )
+    own = scaling.own_speed_up(study.of_method("mlp", "sgd"), 64)
+    assert own == pytest.approx({64: 1, 256: 4, 1024: 20000 / 64 / 40, 4096: 20000 / 64 / 40})
+    by_steps = verdicts.at_same_batch_size(study, "mlp", "kfac", ORDERS, "steps")
+    assert [c.theirs.method for c in by_steps[:2]] == ["adamw", "adamw"]
+    assert [c.times for c in by_steps] == pytest.approx([2, 2, 40 / (8000 / 1024), 40 / 2])
+    assert {c.outcome for c in by_steps} == {verdicts.Outcome.LESS}
+    by_seconds = verdicts.at_same_batch_size(study, "mlp", "kfac", ORDERS, "seconds")
+    assert [c.times for c in by_seconds] == pytest.approx([2 / 5, 2 / 5, 40 / (8000 / 1024) / 5, 40 / 2 / 5])
+    outcomes = [c.outcome.value for c in by_seconds]
+    assert outcomes == ["more", "more", "no difference beyond the spread", "less"]
+    total = verdicts.at_best_batch_size(study, "mlp", ORDERS, "samples")
+    assert (total.ours.method, total.theirs.method, total.times) == ("kfac", "adamw", pytest.approx(2))
+
+
+def test_a_difference_counts_only_beyond_the_spread_of_the_seeds() -> None:
+    spread, outcome = cells.Spread.of, verdicts.Outcome
+    assert verdicts.compare(spread([90, 100, 110]), spread([115, 121, 125])) is outcome.LESS
+    assert verdicts.compare(spread([90, 100, 110]), spread([115, 119, 125])) is outcome.SAME
+    assert verdicts.compare(spread([121, 121, 121]), spread([90, 100, 110])) is outcome.MORE
+    assert verdicts.compare(spread([1, 1, 1]), spread([math.inf] * 3)) is outcome.LESS
+    assert verdicts.compare(spread([1, 1, math.inf]), spread([2, math.inf, math.inf])) is outcome.SAME
+    assert verdicts.compare(spread([math.inf] * 3), spread([1, 1, math.inf])) is outcome.MORE
+    assert verdicts.compare(spread([math.inf] * 3), spread([math.inf] * 3)) is outcome.NEITHER
+    assert verdicts.compare(spread([1, 1]), spread([9, 9, 9])) is outcome.UNDECIDED
+    assert verdicts.compare(spread([]), spread([9, 9, 9])) is outcome.MORE  # every point of the grid diverged
+
+
+def test_sensitivity_is_the_share_of_the_grid() -> None:
+    """One best point, four at 1.6 times its steps and 1.2 times its loss, four at 2.56 and 1.44."""
+    study = study_of(rows_of("mlp", "sgd", falling(6400, 10)))
+    cell = study.cells["mlp", "sgd", 64]
+    assert sensitivity.share_of_loss(cell, 1.25) == pytest.approx(5 / 9)
+    assert sensitivity.share_of_loss(cell, 1.1) == pytest.approx(1 / 9)
+    assert sensitivity.share_of_steps(cell, 2.0) == pytest.approx(5 / 9)
+    assert sensitivity.share_of_steps(cell, math.inf) == 1
+    grid = sensitivity.grid_of(cell)
+    assert grid.names == ("lr", "momentum") and grid.rows == grid.columns == (0.1, 1.0, 10.0) and grid.tuned == (1, 1)
+    assert grid.records[0, 2].settings == {"lr": 0.1, "momentum": 10.0} and grid.edges() == []
+    assert sensitivity.dispersion(cell).ratio == pytest.approx(0.432 / ((0.306 + 0.36) / 2))  # 2.5th and 7.5th of 11
+
+
+def test_a_trend_needs_three_batch_sizes_and_a_change_that_counts() -> None:
+    trend = sensitivity.share_trend
+    assert trend({64: 0.8, 256: 0.6, 1024: 0.4}) == (sensitivity.Trend.SHRINKS, pytest.approx(-0.4))
+    assert trend({64: 0.2, 256: None, 1024: 0.4, 4096: 0.6})[0] is sensitivity.Trend.GROWS
+    assert trend({64: 0.5, 256: 0.6, 1024: 0.5})[0] is sensitivity.Trend.LEVEL
+    assert trend({64: 0.9, 256: 0.1})[0] is sensitivity.Trend.UNKNOWN
+
+
+def test_tuned_points_at_an_edge_are_listed() -> None:
+    rows = rows_of("mlp", "sgd", falling(6400), sizes=[64])
+    low = next(entry for entry in rows if entry["settings"] == {"lr": 10.0, "momentum": 0.1})
+    low["reached"] = {"steps": 1.0, "samples": 64.0, "seconds": 0.01, "propagations": 128.0}
+    found = sensitivity.tuned_at_edges(study_of(rows))
+    where = ["lr 10 is the largest", "momentum 0.1 is the smallest"]
+    assert found == [("mlp", "sgd", 64, text) for text in where]
+    assert sensitivity.tuned_at_edges(study_of(rows_of("mlp", "sgd", falling(6400), sizes=[64]))) == []
+
+
+# floors: efficiency is one half at 1600 for 25, at 800 for 50 and so on
+@pytest.mark.parametrize(
+    ("kfac_floor", "sgd_floor", "expected", "why"),
+    [
+        (25, 25, "seen", ""),
+        (40, 25, "seen", ""),
+        (40, 0, "seen", ""),  # SGD's does not even stop
+        (10, 40, "not seen", ""),
+        (0, 25, "not seen", ""),
+        (0, 0, "cannot be decided here", "batch sizes end too early"),
+        (0, 12, "cannot be decided here", "batch sizes end too early"),  # 4096 is not 1.5 times 3333
+    ],
+)
+def test_both_outcomes_of_the_published_finding(kfac_floor: float, sgd_floor: float, expected: str, why: str) -> None:
+    study = two(kfac_floor, sgd_floor)
+    found = scaling.scalings(study)
+    finding, reason = verdicts.scales_no_better(found["mlp", "kfac"], found["mlp", "sgd"])
+    assert (finding.value, reason) == (expected, why)
+    line = next(point for point in words(study).splitlines() if point.startswith("Published finding"))
+    assert re.search(rf"critical batch size \(.*\): {expected} \(MLP: .* against SGD's ", line) and why in line
+
+
+def test_the_finding_needs_seeds_batch_sizes_and_a_start() -> None:
+    def finding(study: Any) -> tuple[str, str]:
+        found = scaling.scalings(study)
+        verdict, why = verdicts.scales_no_better(found.get(("mlp", "kfac")), found.get(("mlp", "sgd")))
+        return verdict.value, why
+
+    undecided = "cannot be decided here"
+    assert finding(two(10, 40, seeds=(0, 1))) == (undecided, "fewer than 3 seeds at every batch size")
+    assert finding(two(10, 40, sizes=(64, 256))) == (undecided, "fewer than 3 batch sizes")
+    assert finding(study_of(rows_of("mlp", "sgd", falling(9000)))) == (undecided, "not run")
+    never_kfac = rows_of("mlp", "sgd", falling(9000, 20)) + rows_of("mlp", "kfac", never)
+    assert finding(study_of(never_kfac)) == (undecided, "no target at the smallest batch size")
+    # by the medians K-FAC goes on, but one seed stops where SGD's does
+    rows = rows_of("mlp", "sgd", falling(20000, 40)) + rows_of("mlp", "kfac", falling(20000, 10))
+    for entry in rows:
+        if (entry["method"], entry["seed"]) == ("kfac", 2) and entry["batch_size"] > 500:
+            entry["reached"]["steps"] = 40.0
+    assert finding(study_of(rows)) == (undecided, "seeds disagree")
+
+
+def test_table_entries_are_those_of_the_laws() -> None:
+    rows = []
+    for task in ("mlp", "resnet", "autoencoder"):
+        rows += rows_of(task, "sgd", falling(12000, 60), seconds_per_step=0.01)  # one half at 400
+        rows += rows_of(task, "kfac", falling(12000, 7 if task != "mlp" else 60), seconds_per_step=0.02)
+    rows += rows_of("mlp", "shampoo", falling(12000, 1), seconds_per_step=0.001)
+    rows += rows_of("mlp", "trcg", never)
+    rows += rows_of("mlp", "strcg", falling(12000, 1), sizes=(64, 256))
+    study = study_of(rows)
+    own = names.Names.of(study)
+    entries = verdicts.table(study, own.orders, scaling.scalings(study), list(own.methods), list(own.tasks))
+    by_name = {entry.method: entry for entry in entries}
+    assert list(by_name) == ["sgd", "kfac", "shampoo", "trcg", "strcg"]
+    assert {name: entry.scalable.value for name, entry in by_name.items()} == {
+        "sgd": "no",
+        "kfac": "yes",  # two of three tasks
+        "shampoo": "yes",
+        "trcg": "no",
+        "strcg": "cannot be decided",
+    }
+    assert by_name["kfac"].reached == {"mlp": (4, 4), "resnet": (4, 4), "autoencoder": (4, 4)}
+    # fewer steps where SGD stands at its floor (from 200 on) and K-FAC does not: 256 (47 of 60), 1024, 4096
+    assert by_name["kfac"].successes["resnet"] == {"steps": (3, 4), "seconds": (2, 4)}
+    assert by_name["kfac"].successes["mlp"] == {"steps": (0, 4), "seconds": (0, 4)}
+    assert by_name["shampoo"].successes["mlp"] == {"steps": (3, 4), "seconds": (4, 4)}
+    assert by_name["trcg"].reached == {"mlp": (0, 4)} and by_name["trcg"].successes["mlp"]["steps"] == (0, 4)
+    assert by_name["sgd"].successes == {} and by_name["sgd"].finding == {}
+    text = tables.success_table(entries, own)
+    assert text.rows[1][:3] == ("K-FAC", "second", "12 of 12 (MLP 4/4, ResNet 4/4, autoencoder 4/4)")
+    assert text.rows[1][3] == "6 of 12 (MLP 0/4, ResNet 3/4, autoencoder 3/4)"
+    assert text.rows[1][5] == "yes (MLP 256 = 4 B0; ResNet 1024 = 16 B0; autoencoder 1024 = 16 B0)"
+    assert text.rows[3][5] == "no (MLP none: no target at 64)"
+
+
+def test_one_task_of_three_is_partly() -> None:
+    rows = []
+    for task, floor in (("mlp", 12), ("resnet", 60), ("autoencoder", 60)):
+        rows += rows_of(task, "sgd", falling(20000 if floor < 60 else 12000, floor))
+    study = study_of(rows)
+    tasks = ["mlp", "resnet", "autoencoder"]
+    entry = verdicts.table(study, ORDERS, scaling.scalings(study), ["sgd"], tasks)[0]
+    assert entry.scalable is verdicts.Scalable.PARTLY
+
+
+def test_words_name_who_needs_less_and_where() -> None:
+    study = study_of(
+        rows_of("mlp", "sgd", falling(20000, 40), seconds_per_step=0.01)
+        + rows_of("mlp", "kfac", falling(10000, 4), seconds_per_step=0.1)
+        + rows_of("mlp", "shampoo", falling(20000, 40), seconds_per_step=0.01)
+        + rows_of("mlp", "trcg", never)
+    )
+    text = words(study)
+    against = "against the best first-order method: Steps and samples"
+    assert f"K-FAC {against} less at every batch size (2 to 10 times)." in text
+    assert "Seconds more at 64, 256 and 1024 (2.4 to 5 times), no difference beyond the spread at 4096." in text
+    assert f"Shampoo {against} no difference beyond the spread at every batch size." in text
+    assert f"TRCG {against} more at every batch size (only first order arrives at 64, 256, 1024 and 4096)." in text
+    assert "less in 4 (K-FAC 4)." in text
+    assert "Fewest samples at any batch size: second order K-FAC 10,000 at batch 64, first order SGD" in text
+    assert "second order needs 2 times less." in text
+    assert "TRCG, 44 runs: negative curvature was met in 50 % of the steps, 25 % were rejected, 7 CG iterations" in text
+    other = words(study_of(rows_of("mlp", "sgd", falling(9000)) + rows_of("mlp", "kfac", falling(18000))))
+    assert f"K-FAC {against} more at every batch size (2 times)." in other
+    assert "less in 0; more in 4." in other
+
+
+def test_limits_count_runs_and_name_what_is_missing() -> None:
+    rows = rows_of("mlp", "sgd", falling(9000)) + rows_of("mlp", "kfac", falling(9000), sizes=(64, 256))
+    rows = [entry for entry in rows if (entry["method"], entry["batch_size"], entry["stage"]) != ("kfac", 256, "seeds")]
+    study = study_of([*rows[:-1], rows[0]])  # one row twice, one point of the last grid not run
+    own = names.Names.of(study)
+    text = "\n".join(limits.limits(study, own))
+    assert text.startswith(f"{len(rows) - 1} runs (")
+    hours = sum(entry["wall_seconds"] for entry in rows[:-1]) / 3600
+    assert f"{hours:.2f} core-hours of training" in text
+    assert "Missing, MLP, not run: K-FAC at 1024; K-FAC at 4096." in text
+    assert "Missing, MLP, grids not whole: K-FAC at 256 (8 of 9)." in text
+    assert "Commit: abcdef0." in text and "grids of 8 and 9 points" in text
+
+
+def test_a_name_that_is_not_registered_is_refused() -> None:
+    rows = rows_of("mlp", "sgd", falling(9000), sizes=[64])
+    for entry in rows:
+        entry["task"] = "mpl"
+    with pytest.raises(ValueError, match=r"task 'mpl', which is not registered in tasks\.py"):
+        names.Names.of(study_of(rows))
+
+
+class Assets(html.parser.HTMLParser):
+    """Every address that a browser would load, and every tag that is left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data", "poster") and not (value or "").startswith(("#", "data:")):
+                self.loaded.append(f"{tag} {name}={value}")
+
+
+def test_the_page_escapes_words_and_adapts() -> None:
+    table, picture = tables.Table(("x",), [("<y>",)]), page.Picture("<svg></svg>", 'say "q"')
+    part = page.Part("a < b", ["1 < 2 & 3"], [table], [picture])
+    text = page.page("title", "introduction", [part])
+    assert "1 &lt; 2 &amp; 3" in text and "<td>&lt;y&gt;</td>" in text and 'aria-label="say &quot;q&quot;"' in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "overflow-x: auto" in text
+
+
+def write(folder: Path, rows: list[dict[str, Any]], torn: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows) + torn)
+
+
+def report(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(STUDY / "report.py"), "--results", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_report_of_part_of_the_rows_is_one_whole_page(tmp_path: Path) -> None:
+    """One method never arrives, one has no large batches, a cell diverged, the last line is torn."""
+    pytest.importorskip("matplotlib")
+    rows = rows_of("mlp", "sgd", falling(20000, 40)) + rows_of("mlp", "kfac", falling(9000, 5), sizes=(64, 256))
+    rows += rows_of("mlp", "trcg", never, seeds=(0,)) + rows_of("autoencoder", "sgd", falling(9000), sizes=(64,))
+    rows += [row("mlp", "adamw", 64, (v, w), 0, "grid", None, diverged=True) for v in (0.1, 1) for w in (0.1, 1)]
+    write(tmp_path, rows, torn='{"id": "torn", "pre')
+    offsets = [-1.0, 0.0, 1.0]
+    losses = [[1.0 + a * a + b * b for b in offsets] for a in offsets]
+    losses[0][0] = None  # type: ignore[call-overload]
+    plane = {"task": "mlp", "method": "sgd", "batch_size": 64, "seed": 0, "alphas": offsets, "betas": offsets}
+    (tmp_path / "landscapes.json").write_text(json.dumps([{**plane, "loss": losses}]))
+    done = report(tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in tmp_path.iterdir()}
+    wanted = {"study.png", "cost_mlp.png", "grid_mlp.png", "landscape_mlp.png", "speed_up.png", "trust_region.png"}
+    assert written >= wanted | {"page.html", "findings.md", "sensitivity.png", "spread.png", "cost_autoencoder.png"}
+    assert "landscape_autoencoder.png" not in written
+    assert all((tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in wanted)
+
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assets = Assets()
+    assets.feed(text)
+    assert assets.loaded == [] and "script" not in assets.tags and "link" not in assets.tags
+    assert "http" not in text and not re.search(r"url\((?!#|&quot;#|'#)", text) and "@import" not in text
+    # speed-up, sensitivity, spread, the main picture, trust region; cost and grid of both tasks; one landscape
+    assert assets.tags.count("svg") == 10 and assets.tags.count("table") == 3
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    references = {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)"]+)\)', text) for found in pair if found}
+    assert references <= set(identifiers)
+    assert "currentColor" in text and "#1b1c1e" not in text.split("</style>")[1]
+
+    markdown = (tmp_path / "findings.md").read_text("utf-8")
+    assert "![the study](study.png)" in markdown and "Missing, MLP, not run:" in markdown
+    assert "| TRCG | second | 0 of 4 (MLP 0/4) |" in markdown
+    for sentence in re.findall(r"^- (.*)$", markdown, re.MULTILINE):
+        assert not re.search(r"\b(nan|inf|None)\b", sentence), sentence
+
+
+def test_no_rows_say_what_to_run(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    done = report(tmp_path)
+    assert done.returncode != 0 and "has no run of a grid yet: python recipes/study/run.py" in done.stderr
