@@ -45,28 +45,18 @@ def findings(study: Study, names: Names, scaling: Mapping[tuple[str, str], Scali
 
 
 def in_short(study: Study, names: Names) -> list[str]:
-    """By measure: at how many pairs of task and batch size the best second-order method needs less."""
+    """By measure: where the best second-order method needs less than the best first-order one."""
     points = []
     for measure in ("steps", "seconds", "propagations"):
-        found = [c for task in names.tasks for c in best_of_each_order(study, task, names, measure)]
-        if not found:
+        found = {task: best_of_each_order(study, task, names, measure) for task in names.tasks}
+        whole = [c for each in found.values() for c in each]
+        if not whole:
             continue
-        less, winners = [c for c in found if c.outcome is Outcome.LESS], []
-        for method, label in names.methods.items():
-            if count := sum(c.ours.method == method for c in less):
-                winners.append(f"{label} {count}")
-        words = [f"less in {len(less)}" + (f" ({', '.join(winners)})" if winners else "")]
-        for outcome, text in (
-            (Outcome.MORE, "more in"),
-            (Outcome.SAME, "no difference beyond the spread in"),
-            (Outcome.NEITHER, "neither reaches the target in"),
-            (Outcome.UNDECIDED, "cannot be decided in"),
-        ):
-            if count := sum(c.outcome is outcome for c in found):
-                words.append(f"{text} {count}")
+        less, more = (sum(c.outcome is outcome for c in whole) for outcome in (Outcome.LESS, Outcome.MORE))
+        detail = "; ".join(f"{names.tasks[task]} {_outcomes(each, names)}" for task, each in found.items() if each)
         points.append(
-            f"{measure.capitalize()} to the target, best second-order against best first-order method at "
-            f"{len(found)} pairs of task and batch size: {'; '.join(words)}."
+            f"{measure.capitalize()} to the target: the best second-order method needs less than the best first-order "
+            f"one at {less} of {len(whole)} pairs of task and batch size, and more at {more}. {detail}."
         )
     return points
 
@@ -166,25 +156,27 @@ def by_batch_size(study: Study, task: str, names: Names) -> list[str]:
     return points
 
 
-def _outcomes(found: Sequence[Comparison]) -> str:
-    """less at 64 and 128 (1.3 to 2.1 times), more at 256 (1.4 times)"""
+def _outcomes(found: Sequence[Comparison], names: Names | None = None) -> str:
+    """less at 64 and 128 (1.3 to 2.1 times), more at 256 (1.4 times); with names, who needs less."""
     words = []
     for outcome in Outcome:
         mine = [c for c in found if c.outcome is outcome]
         if not mine:
             continue
         sizes = "every batch size" if len(mine) == len(found) > 1 else listed([c.ours.batch_size for c in mine])
-        text = f"{outcome.value} at {sizes}"
+        extra = []
         if outcome in (Outcome.LESS, Outcome.MORE):
-            times = [c.times if outcome is Outcome.LESS else 1 / c.times for c in mine if c.times]
-            extra = [f"{ranged(times)} times"] if times else []
+            less = outcome is Outcome.LESS
+            if names is not None:
+                winners = [names.short[(c.ours if less else c.theirs).method] for c in mine]
+                extra.append(listed(list(dict.fromkeys(winners))))
+            if times := [c.times if less else 1 / c.times for c in mine if c.times]:
+                extra.append(f"{ranged(times)} times")
             if alone := [c.ours.batch_size for c in mine if not c.times]:
-                side = "only it" if outcome is Outcome.LESS else "only first order"
-                extra.append(f"{side} arrives at {listed(alone)}")
-            text += f" ({'; '.join(extra)})"
+                extra.append(f"only {'it' if less else 'first order'} arrives at {listed(alone)}")
         elif outcome is Outcome.UNDECIDED:
-            text += f" (fewer than {LEAST_SEEDS} seeds)"
-        words.append(text)
+            extra.append(f"fewer than {LEAST_SEEDS} seeds")
+        words.append(f"{outcome.value} at {sizes}" + (f" ({'; '.join(extra)})" if extra else ""))
     return ", ".join(words)
 
 

@@ -34,8 +34,7 @@ def headline_of_total(study: Study, task: str, names: Names, measure: str) -> st
 
 
 def _who(found: Comparison, names: Names, less: str) -> str:
-    ours, theirs = names.methods[found.ours.method], names.methods[found.theirs.method]
-    ours, theirs = (name.partition(",")[0] for name in (ours, theirs))
+    ours, theirs = (names.short[cell.method] for cell in (found.ours, found.theirs))
     times = found.times
     if found.outcome is Outcome.LESS:
         return f"{ours}, {ratio(times)}x {less} than {theirs}" if times else f"{ours}; no first order arrives"

@@ -112,7 +112,7 @@ def landscape_figure(planes: list[dict[str, Any]], task: str, names: Names) -> F
             axis.set_aspect("equal")
             axis.tick_params(labelsize=7)
             if axis in axes[0]:
-                axis.set_title(names.methods[method].partition(",")[0], loc="center")
+                axis.set_title(names.short[method], loc="center")
             if plane is None:
                 axis.text(0.5, 0.5, "missing", transform=axis.transAxes, ha="center", va="center", fontsize=7)
                 continue

@@ -22,6 +22,13 @@ class Names:
     methods: dict[str, str]
     orders: dict[str, int]
 
+    @property
+    def short(self) -> dict[str, str]:
+        """Labels of methods up to the first comma, where that names one method alone."""
+        heads = [label.partition(",")[0] for label in self.methods.values()]
+        pairs = zip(self.methods.items(), heads, strict=True)
+        return {name: head if heads.count(head) == 1 else label for (name, label), head in pairs}
+
     @classmethod
     def of(cls, study: Study) -> Names:
         """

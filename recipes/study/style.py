@@ -50,7 +50,7 @@ def line_style(method: str, names: Names) -> dict[str, Any]:
 @contextmanager
 def theme() -> Iterator[None]:
     """Fonts and colours of all figures."""
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "hatch.color")
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings: dict[str, Any] = {
         **{name: INK for name in ink},
         "font.size": SIZE["font"],
@@ -64,6 +64,7 @@ def theme() -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.facecolor": "none",
+        "hatch.color": "#555555",
         "svg.fonttype": "none",
     }
     with matplotlib.rc_context(settings):
@@ -116,6 +117,11 @@ def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     figure.savefig(path, dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
+def _shortened(path: re.Match[str]) -> str:
+    """The same path with one decimal: a tenth of a point."""
+    return re.sub(r"\s+", " ", re.sub(r"(\d+\.\d)\d+", r"\1", path[0]))
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """SVG for a page: text stays text, the ink is ``currentColor`` and the paper ``var(--paper)``.
 
@@ -133,6 +139,6 @@ def to_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     used = {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for found in pair}
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    text = re.sub(r' d="[^"]*"', _shortened, text)
     return text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
 

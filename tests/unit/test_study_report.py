@@ -304,13 +304,15 @@ def test_words_name_who_needs_less_and_where() -> None:
     assert "Seconds more at 64, 256 and 1024 (2.4 to 5 times), no difference beyond the spread at 4096." in text
     assert f"Shampoo {against} no difference beyond the spread at every batch size." in text
     assert f"TRCG {against} more at every batch size (only first order arrives at 64, 256, 1024 and 4096)." in text
-    assert "less in 4 (K-FAC 4)." in text
+    short = "the best second-order method needs less than the best first-order one at"
+    assert f"Steps to the target: {short} 4 of 4 pairs of task and batch size, and more at 0. MLP less at" in text
+    assert "MLP less at every batch size (K-FAC; 2 to 10 times)." in text
     assert "Fewest samples at any batch size: second order K-FAC 10,000 at batch 64, first order SGD" in text
     assert "second order needs 2 times less." in text
     assert "TRCG, 44 runs: negative curvature was met in 50 % of the steps, 25 % were rejected, 7 CG iterations" in text
     other = words(study_of(rows_of("mlp", "sgd", falling(9000)) + rows_of("mlp", "kfac", falling(18000))))
     assert f"K-FAC {against} more at every batch size (2 times)." in other
-    assert "less in 0; more in 4." in other
+    assert f"{short} 0 of 4 pairs of task and batch size, and more at 4. MLP more at every batch size (SGD; " in other
 
 
 def test_limits_count_runs_and_name_what_is_missing() -> None:
