@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_soo.optim.shampoo import Shampoo
     from lightning_soo.optim.soap import SOAP
     from lightning_soo.optim.sonew import SONew
+    from lightning_soo.optim.trust_region import TrustRegionNewtonCG
     from lightning_soo.refresh.workers import WorkerOptions
     from lightning_soo.transport.agreement import AgreementError
 
@@ -22,6 +23,7 @@ __all__ = [
     "RefreshError",
     "SONew",
     "Shampoo",
+    "TrustRegionNewtonCG",
     "WorkerOptions",
     "__version__",
     "from_config",
@@ -37,6 +39,7 @@ _MODULES = {
     "SOAP": "optim.soap",
     "SONew": "optim.sonew",
     "Shampoo": "optim.shampoo",
+    "TrustRegionNewtonCG": "optim.trust_region",
     "WorkerOptions": "refresh.workers",
     "from_config": "config",
     "load_config": "config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ class Layout:
         loss_divisor: for engines that scale the loss themselves: what they have divided it by.
         updates_model_later: whether the model has the new parameters only after the step, as masters are apart.
         forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
+        gathered: a context in which the model computes with whole parameters, its own, and no collective of the engine
+            runs in its passes: name -> parameter. None for engines that have no such state.
     """
 
     engine: str
@@ -44,6 +47,7 @@ class Layout:
     loss_divisor: Callable[[], float] | None = None
     updates_model_later: bool = False
     forget_gathered: Callable[[Any], None] | None = None
+    gathered: Callable[[Any], AbstractContextManager[Mapping[str, Tensor]]] | None = None
 
     def row(self, rank: int) -> list[int]:
         """This rank's place and ranges as integers, for the exchange."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_soo.placement.adapters.names import group_parameters, module_classes
 from lightning_soo.placement.fragments import Fragment
@@ -31,7 +33,29 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         fragments.append(fragment)
         specs.append(spec)
         numbers.append(number)
-    return Layout(engine="dense", fragments=tuple(fragments), specs=tuple(specs), groups=tuple(numbers))
+    held = {fragment.name: fragment.tensor for fragment in fragments}
+    return Layout(
+        engine="dense",
+        fragments=tuple(fragments),
+        specs=tuple(specs),
+        groups=tuple(numbers),
+        gathered=lambda model: _quiet(model, held),
+    )
+
+
+@contextmanager
+def _quiet(model: nn.Module | None, held: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """Parameters are whole already; DDP reduces no gradients and sends no buffers, however many passes a rank runs."""
+    if not isinstance(model, DistributedDataParallel):
+        yield held
+        return
+    sends = model.broadcast_buffers
+    model.broadcast_buffers = False
+    try:
+        with model.no_sync():
+            yield held
+    finally:
+        model.broadcast_buffers = sends
 
 
 def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> tuple[Fragment, ParameterSpec]:

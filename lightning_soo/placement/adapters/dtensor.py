@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_soo.placement.adapters.dense import whole
 from lightning_soo.placement.adapters.names import group_parameters, module_classes
-from lightning_soo.placement.fragments import Fragment
+from lightning_soo.placement.fragments import Fragment, canonical_name
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.overrides import ParameterSpec
 
@@ -65,7 +66,48 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         shard_group=group,
         shard_ranks=ranks,
         forget_gathered=_reshard,
+        gathered=_gathered,
     )
+
+
+@contextmanager
+def _gathered(model: nn.Module | None) -> Iterator[Mapping[str, Tensor]]:
+    """Every module keeps its parameters gathered through forward and backward passes; sharded again at the end."""
+    from torch.distributed.fsdp import FSDPModule
+
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)] if model is not None else []
+    if model is None or not modules:
+        raise TypeError(
+            "parameters sharded by FSDP2 are gathered by their modules: build the optimizer with the model, or call "
+            "optimizer.attach(model)"
+        )
+    before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in _groups(modules)]
+    automatic = [(state, state._auto_reshard_after_forward) for state in map(_state, modules)]
+    try:
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.unshard()
+        yield {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    finally:
+        for group, mesh, after_backward in before:
+            group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
+        for state, value in automatic:
+            state._auto_reshard_after_forward = value
+        _reshard(model)
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()
+
+
+def _groups(modules: Sequence[Any]) -> list[Any]:
+    """What holds the parameters of each module; one for each of them before torch 2.10."""
+    found: list[Any] = []
+    for state in map(_state, modules):
+        groups = getattr(state, "_fsdp_param_groups", None)
+        found += groups if groups is not None else [state._fsdp_param_group] if state._fsdp_param_group else []
+    return found
 
 
 def _reshard(model: nn.Module) -> None:

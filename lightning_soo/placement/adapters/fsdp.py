@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_soo.placement.adapters.dense import whole
 from lightning_soo.placement.adapters.names import class_names, group_parameters, module_classes
@@ -91,7 +92,27 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         shard_group=group,
         shard_ranks=ranks,
         forget_gathered=_reshard,
+        gathered=_gathered,
     )
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
+    """All parameters whole and in full precision, and the wrappers passed over.
+
+    FSDP's forward would free them before a second backward pass, and it refuses to run inside this context.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+        for wrapper in wrappers:
+            wrapper.forward = wrapper.module.__call__  # type: ignore[method-assign]
+        try:
+            yield {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        finally:
+            for wrapper in wrappers:
+                del wrapper.forward
 
 
 def _reshard(model: nn.Module) -> None:
