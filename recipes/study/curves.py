@@ -44,7 +44,9 @@ def draw_cost(axis: Axes, study: Study, task: str, names: Names, measure: str) -
         lost = [(cell.batch_size, cell.spent(measure)) for cell in cells if not cell.to_target(measure).found]
         if lost:
             marker = {**style, "linestyle": "", "markerfacecolor": PAPER}
-            axis.plot([size for size, _ in lost], [spent for _, spent in lost], **marker)
+            place = list(names.methods).index(method) - len(names.methods) / 2
+            shift = 2 ** (0.1 * place)  # equal budgets stand side by side
+            axis.plot([size * shift for size, _ in lost], [spent for _, spent in lost], **marker)
         if measure in ("steps", "samples"):
             _ideal(axis, cells, measure, study.batch_sizes(task)[-1], style["color"])
     batch_axis(axis, study.batch_sizes(task))

@@ -81,8 +81,11 @@ def published(study: Study, names: Names, scaling: Mapping[tuple[str, str], Scal
         for task in names.tasks:
             ours, theirs = scaling.get((task, method)), scaling.get((task, SGD))
             finding, why = scales_no_better(ours, theirs)
-            detail = f"{names.tasks[task]}: {_reach(ours)} against SGD's {_reach(theirs)}{f'; {why}' if why else ''}"
-            verdicts.setdefault(finding, []).append(detail)
+            numbers = []
+            if ours is not None and theirs is not None and ours.reach is not None and theirs.reach is not None:
+                numbers = [f"{_reach(ours)} against SGD's {_reach(theirs)}"]
+            detail = "; ".join([*numbers, *([why] if why else [])])
+            verdicts.setdefault(finding, []).append(f"{names.tasks[task]}: {detail}")
         words = [f"{finding.value} ({' | '.join(tasks)})" for finding, tasks in verdicts.items()]
         start = (
             f"Published finding, {names.methods[method]} scales no better than SGD beyond a critical batch size (which "
@@ -142,16 +145,16 @@ def _verdict(found: Comparison) -> str:
 
 
 def by_batch_size(study: Study, task: str, names: Names) -> list[str]:
-    """Each second-order method with the best first-order one at the same batch size; samples go as steps there."""
+    """Each second-order method with the best first-order one at the same batch size."""
     points = []
     for method in (m for m in names.methods if names.orders[m] == 2):
-        words = []
-        for measure in ("steps", "seconds", "propagations"):
+        texts: dict[str, list[str]] = {}
+        for measure in CLOCKS:
             found = at_same_batch_size(study, task, method, names.orders, measure)
             if found:
-                words.append(f"{measure}{' and samples' if measure == 'steps' else ''} {_outcomes(found)}")
-        if words:
-            text = ". ".join(word[:1].upper() + word[1:] for word in words)
+                texts.setdefault(_outcomes(found), []).append(measure)
+        if texts:
+            text = ". ".join(f"{listed(measures).capitalize()}: {outcome}" for outcome, measures in texts.items())
             points.append(f"{names.methods[method]} against the best first-order method: {text}.")
     return points
 

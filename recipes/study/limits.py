@@ -11,6 +11,8 @@ from sensitivity import tuned_at_edges
 from thresholds import LEAST_SEEDS
 from wording import listed, plural
 
+LISTED = 12  # more than this many are counted
+
 
 def runs_and_cost(study: Study, names: Names) -> list[str]:
     """Counts of runs, core-hours, machine, versions, data."""
@@ -67,6 +69,7 @@ def missing(study: Study, names: Names) -> list[str]:
     for task in names.tasks:
         whole = max(len(cell.grid) for cell in study.cells.values() if cell.task == task)
         absent, part, few = [], [], []
+        count = len(names.methods) * len(study.batch_sizes(task))
         for method, label in names.methods.items():
             for size in study.batch_sizes(task):
                 cell = study.cells.get((task, method, size))
@@ -81,7 +84,9 @@ def missing(study: Study, names: Names) -> list[str]:
             (part, "grids not whole"),
             (few, f"tuned points with fewer than {LEAST_SEEDS} seeds"),
         ):
-            if words:
+            if len(words) > LISTED:
+                lines.append(f"Missing, {names.tasks[task]}, {text}: {len(words)} of {count}.")
+            elif words:
                 lines.append(f"Missing, {names.tasks[task]}, {text}: {'; '.join(words)}.")
     return lines
 

@@ -16,6 +16,7 @@ from findings import Section, findings
 from limits import limits
 from names import Names
 from page import Part, Picture, page
+from plan import load_extras
 from records import read
 from scaling import scalings
 from tables import Table, success_table, tuned_table
@@ -141,8 +142,11 @@ def _points(section: Section) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     here = Path(__file__).parent / "results" / "small"
+    parser.add_argument("--extra", type=Path, nargs="+", default=[], help="as run.py's: files that register more")
     parser.add_argument("--results", type=Path, default=here, help=f"folder with runs.jsonl (default: {here})")
-    for path in Report(parser.parse_args().results).write():
+    given = parser.parse_args()
+    load_extras(given.extra)
+    for path in Report(given.results).write():
         print(path)
 
 

@@ -38,10 +38,10 @@ def compare(ours: Spread, theirs: Spread) -> Outcome:
 
     One that reaches the target beats one that does not, if all of its seeds do or none of the other's.
     """
-    if any(0 < spread.count < LEAST_SEEDS for spread in (ours, theirs)):
-        return Outcome.UNDECIDED
     if not ours.found and not theirs.found:
         return Outcome.NEITHER
+    if any(0 < spread.count < LEAST_SEEDS for spread in (ours, theirs)):
+        return Outcome.UNDECIDED
     if ours.found != theirs.found:
         winner, loser = (ours, theirs) if ours.found else (theirs, ours)
         sure = winner.reached == winner.count or loser.reached == 0
