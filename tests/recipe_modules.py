@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -22,3 +25,19 @@ def load(recipe: str, *names: str) -> list[ModuleType]:
         found.append(module)
     sys.path[:] = path
     return found
+
+
+@contextmanager
+def flat(recipe: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Import the modules of a recipe by their own names, as its programs do, for as long as this lasts."""
+    folder = RECIPES / recipe
+    names = {path.stem for path in folder.glob("*.py")}
+    path, modules = list(sys.path), {name: sys.modules.pop(name) for name in names & {*sys.modules}}
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(modules)
+        sys.path[:] = path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from plan import Plan, Run
 from pool import Pool
-from trial import time_steps
-
-LARGEST = 1024  # batch that is timed, or B0 where that is larger
+from trial import time_evaluation, time_steps
 
 Cell = tuple[str, str, int]
 
@@ -17,45 +16,48 @@ Cell = tuple[str, str, int]
 def costs(plan: Plan, cells: Iterable[Cell], pool: Pool, data_dir: Path | None) -> tuple[dict[Cell, float], list[str]]:
     """Processor seconds of one run of each cell, evaluations included; and what could not be timed, with its error.
 
-    A step takes a fixed time and a time per example: both come from two batch sizes, each the mean of two corners of
-    the grid.
+    Steps are those of the point in the middle of the grid, as training begins. Batch sizes that are too slow to be
+    timed lie on the line through the two before.
     """
     cells = list(cells)
-    items: list[tuple[str, str, int, Run]] = []
+    items: list[tuple[str, str | None]] = []
     for task, method in dict.fromkeys(cell[:2] for cell in cells):
-        sizes = plan.preset.task(task).batch_sizes
-        for size in sorted({sizes[0], max((s for s in sizes if s <= LARGEST), default=sizes[0])}):
-            grid = plan.grid((task, method, size))
-            items += [(task, method, size, run) for run in (grid[0], grid[-1])]
+        items += [(task, None)] * ((task, None) not in items) + [(task, method)]
     waiting = iter(items)
-    timed: dict[tuple[str, str], dict[int, list[float]]] = {}
-    evaluation: dict[str, float] = {}
-    failed = dict[str, None]()
-    for (task, method, size, _), result, error in pool.work(
-        lambda: next(waiting, None), lambda item: (time_steps, (item[3], data_dir))
-    ):
-        if error is not None:
-            failed[f"{task} {method}: {error}"] = None
-            continue
-        timed.setdefault((task, method), {}).setdefault(size, []).append(result[0])
-        evaluation[task] = result[1]
+
+    def call(item: tuple[str, str | None]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        task, method = item
+        runs = [_middle(plan, task, method or plan.methods[0], size) for size in plan.preset.task(task).batch_sizes]
+        return (time_steps, (runs, data_dir)) if method else (time_evaluation, (runs[0], data_dir))
+
+    timed: dict[tuple[str, str | None], Any] = {}
+    failed: list[str] = []
+    for item, result, error in pool.work(lambda: next(waiting, None), call):
+        timed[item] = result
+        failed += [f"{item[0]} {item[1] or 'evaluation'}: {error}"] * (error is not None)
     found = {}
     for task, method, batch_size in cells:
-        points = {size: sum(s) / len(s) for size, s in timed.get((task, method), {}).items()}
-        preset = plan.preset.task(task)
-        step = _at(batch_size, points)
-        evaluations = min(plan.preset.evaluations, preset.steps(batch_size)) + 1
-        found[task, method, batch_size] = preset.steps(batch_size) * step + evaluations * evaluation.get(task, 0.0)
-    return found, list(failed)
+        steps = plan.preset.task(task).steps(batch_size)
+        evaluations = min(plan.preset.evaluations, steps) + 1
+        points = timed[task, method]
+        spent = evaluations * (timed[task, None] or 0.0) + steps * _at(batch_size, points) if points else 0.0
+        found[task, method, batch_size] = spent
+    return found, failed
+
+
+def _middle(plan: Plan, task: str, method: str, batch_size: int) -> Run:
+    grid = plan.grid((task, method, batch_size))
+    return grid[len(grid) // 2]
 
 
 def _at(batch_size: int, points: dict[int, float]) -> float:
-    """On the line through the points; a line that falls is not believed."""
-    if not points:
-        return 0.0
-    (small, low), (large, high) = min(points.items()), max(points.items())
-    slope = max(0.0, (high - low) / (large - small)) if large > small else 0.0
-    return low + slope * (batch_size - small)
+    """As timed, or on the line through the last two points; a line that falls is not believed."""
+    if batch_size in points:
+        return points[batch_size]
+    *_, large = sorted(points)
+    small = max((size for size in points if size < large), default=0)
+    slope = (points[large] - points.get(small, 0.0)) / (large - small)
+    return points[large] + max(0.0, slope) * (batch_size - large)
 
 
 def table(plan: Plan, found: dict[Cell, float]) -> list[str]:
@@ -65,5 +67,5 @@ def table(plan: Plan, found: dict[Cell, float]) -> list[str]:
     lines = [" " * width + "".join(f"{task:>13}" for task in plan.tasks)]
     for method in plan.methods:
         sums = (sum(s for (t, m, _), s in found.items() if (t, m) == (task, method)) for task in plan.tasks)
-        lines.append(method.ljust(width) + "".join(f"{value * runs / 3600:13.3f}" for value in sums))
+        lines.append(method.ljust(width) + "".join(f"{value * runs / 3600:13.3g}" for value in sums))
     return lines

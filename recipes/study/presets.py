@@ -61,7 +61,7 @@ def _powers(first: int, last: int, step: int = 1) -> tuple[int, ...]:
 
 _TINY = Size(512, 256, 16)
 _SMALL = Size(4096, 904, 64)
-_FULL = Size(49152, 8192, 512, side=28)
+_FULL = Size(49152, 8192, 256, side=28)  # six times 8,192; with validation nearly all 60,000
 
 PRESETS = {
     "smoke": Preset(
@@ -90,11 +90,11 @@ PRESETS = {
     ),
     "full": Preset(
         tasks={
-            "mlp": TaskPreset(_FULL, 10, _powers(5, 14)),
-            "resnet": TaskPreset(Size(49152, 8192, 16, side=28), 10, _powers(5, 14)),
-            "autoencoder": TaskPreset(_FULL, 20, _powers(5, 14)),
+            "mlp": TaskPreset(_FULL, 10, _powers(5, 13)),
+            "resnet": TaskPreset(Size(49152, 8192, 16, side=28), 5, _powers(5, 13)),
+            "autoencoder": TaskPreset(_FULL, 10, _powers(5, 13)),
         },
-        other=TaskPreset(_FULL, 10, _powers(5, 14)),
+        other=TaskPreset(_FULL, 10, _powers(5, 13)),
         grid=5,
         seeds=(0, 1, 2, 3, 4),
         evaluations=60,

@@ -112,14 +112,13 @@ def mlp(size: Size, data_dir: Path | None) -> Problem:
 
 @task("ResNet", scales={"sgd": (2, 1), "adamw": (2, 1)})
 def resnet(size: Size, data_dir: Path | None) -> Problem:
-    """Residual blocks with GroupNorm and SiLU; two stages of one block where pictures are small, else three of two."""
+    """Residual blocks with GroupNorm and SiLU, one a stage; two stages where pictures are small, else three."""
     import data
     from networks import ResNet
     from torch.nn.functional import cross_entropy
 
     training, validation = data.normalised(*data.read(*_arguments(size), data_dir))
-    blocks, stride = ((1, 1), 2) if size.side == 14 else ((2, 2, 2), 1)
-    make = partial(ResNet, size.width, blocks, stride)
+    make = partial(ResNet, size.width, (1, 1) if size.side == 14 else (1, 1, 1), 2)
     return Problem(make, cross_entropy, training, validation, data.name_of(data_dir))
 
 

@@ -203,23 +203,41 @@ def data_of(preset: str, task: str, data_dir: Path | None) -> str:
     return problem_of(preset, task, data_dir).data
 
 
-def time_steps(run: Run, data_dir: Path | None, most: int = 11, budget: float = 0.5) -> tuple[float, float]:
-    """Processor seconds of a step, without the first (refreshes of roots are among them), and of an evaluation.
+def time_steps(runs: list[Run], data_dir: Path | None, most: int = 11, budget: float = 0.5) -> dict[int, float]:
+    """Processor seconds of a step by batch size; refreshes of roots are among them.
 
     Args:
-        most: steps at most. budget: seconds after which it is enough.
+        runs: of one method and task with ascending batch sizes; the first whose steps take a second ends it.
+        most: steps at most, besides a first one that is not counted where there are others.
+        budget: seconds after which it is enough.
     """
+    found: dict[int, float] = {}
+    for run in runs:
+        problem = problem_of(run.preset, run.task, data_dir)
+        model, optimizer = begin(run, problem)
+        stepper = Stepper(model, optimizer, problem.loss)
+        order = batches(len(problem.training[0]), run.batch_size, run.seed)
+        spent: list[float] = []
+        while len(spent) <= most and sum(spent) < budget:
+            chosen = next(order)
+            inputs, targets = problem.training[0][chosen], problem.training[1][chosen]
+            cpu = time.process_time()
+            stepper(inputs, targets)
+            spent.append(time.process_time() - cpu)
+        kept = spent[1:] or spent
+        found[run.batch_size] = sum(kept) / len(kept)
+        if found[run.batch_size] > 1.0:
+            break
+    return found
+
+
+def time_evaluation(run: Run, data_dir: Path | None, examples: int = 512) -> float:
+    """Processor seconds of an evaluation, from some of its examples."""
     problem = problem_of(run.preset, run.task, data_dir)
-    model, optimizer = begin(run, problem)
-    stepper, course = Stepper(model, optimizer, problem.loss), Course(run, problem, model)
-    order = batches(len(problem.training[0]), run.batch_size, run.seed)
-    spent: list[float] = []
-    while len(spent) < most and (len(spent) < 2 or sum(spent) < budget):
-        chosen = next(order)
-        inputs, targets = problem.training[0][chosen], problem.training[1][chosen]
-        cpu = time.process_time()
-        stepper(inputs, targets)
-        spent.append(time.process_time() - cpu)
+    model = problem.model()
+    subset = (problem.training[0][:examples], problem.training[1][:examples])
+    evaluate(model, problem, subset, False)
     cpu = time.process_time()
-    course.add(0, 0.0, 0.0)
-    return sum(spent[1:]) / (len(spent) - 1), time.process_time() - cpu
+    evaluate(model, problem, subset, False)
+    count = PRESETS[run.preset].evaluation_examples + len(problem.validation[0])
+    return (time.process_time() - cpu) / len(subset[0]) * count
