@@ -128,4 +128,3 @@ class Study:
 
 def _ordered(found: set[str], order: Sequence[str]) -> list[str]:
     return [name for name in order if name in found] + sorted(found - {*order})
-

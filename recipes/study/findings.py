@@ -126,8 +126,7 @@ def totals(study: Study, task: str, names: Names) -> list[str]:
                 f"{label} {amount(spread.median)} at batch {cell.batch_size}" if spread.found else f"{label} never"
             )
         points.append(
-            f"Fewest {measure} at any batch size: second order {texts[0]}, first order {texts[1]}: "
-            f"{_verdict(found)}."
+            f"Fewest {measure} at any batch size: second order {texts[0]}, first order {texts[1]}: {_verdict(found)}."
         )
     return points
 

@@ -111,6 +111,7 @@ def landscape_figure(planes: list[dict[str, Any]], task: str, names: Names) -> F
             plane = mine.get((size, method))
             axis.set_aspect("equal")
             axis.tick_params(labelsize=7)
+            axis.locator_params(nbins=4)
             if axis in axes[0]:
                 axis.set_title(names.short[method], loc="center")
             if plane is None:

@@ -153,7 +153,5 @@ def dispersion(cell: Cell) -> Dispersion:
 def tuned_at_edges(study: Study) -> list[tuple[str, str, int, str]]:
     """Task, method, batch size and where: each tuned point that lies at an edge of its grid."""
     return [
-        (*key, where)
-        for key, cell in study.cells.items()
-        for where in grid_of(cell, study.of_method(*key[:2])).edges()
+        (*key, where) for key, cell in study.cells.items() for where in grid_of(cell, study.of_method(*key[:2])).edges()
     ]

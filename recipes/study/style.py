@@ -139,6 +139,5 @@ def to_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     used = {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for found in pair}
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r' d="[^"]*"', _shortened, text)
+    text = re.sub(r">\s+<", "><", re.sub(r' d="[^"]*"', _shortened, text))
     return text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
-

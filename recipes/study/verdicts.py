@@ -144,7 +144,7 @@ def scales_no_better(method: Scaling | None, sgd: Scaling | None) -> tuple[Findi
         return Finding.UNDECIDED, "no target at the smallest batch size"
     seeds = {*method.by_seed} & {*sgd.by_seed}
     if len(seeds) < LEAST_SEEDS:
-        return Finding.UNDECIDED, f"fewer than {LEAST_SEEDS} seeds at every batch size"
+        return Finding.UNDECIDED, f"fewer than {LEAST_SEEDS} seeds that ran every batch size"
     whole = _later(method.reach, sgd.reach, method.largest)
     each = [_later(method.by_seed[seed], sgd.by_seed[seed], method.largest) for seed in seeds]
     if whole is None:
