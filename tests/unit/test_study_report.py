@@ -81,8 +81,8 @@ def test_a_point_that_no_seed_reaches_is_tuned_by_its_loss_and_one_that_two_of_t
     two_of_three[-1]["reached"] = None
     spread = study_of(two_of_three).cells["mlp", "sgd", 64].to_target()
     assert spread.found and spread.reached == 2 and spread.width == math.inf and spread.median == pytest.approx(102)
-    two_of_three[-2]["reached"] = None
-    assert not study_of(two_of_three).cells["mlp", "sgd", 64].to_target().found
+    three_of_five = cells.Spread.of([100, 101, 102, math.inf, math.inf])
+    assert three_of_five.median == 102 and not three_of_five.found  # less than two thirds
 
 
 def test_every_point_diverged_leaves_a_cell_without_a_tuned_point() -> None:
@@ -122,6 +122,8 @@ def test_a_budget_spent_in_vain_ends_scaling_and_no_target_at_the_smallest_batch
     study = study_of(rows_of("mlp", "sgd", lambda size: law(size) if size < 4096 else None, wobble=0.0))
     reach = scaling.scalings(study)["mlp", "sgd"].reach
     assert reach.holds == 1024 and 1024 < reach.critical < 4096
+    # as many samples as the budget at B0 allows: the bound on the efficiency at 2 B0 is one half, and does not hold
+    assert scaling.reach_of([scaling.Point(64, 640), scaling.Point(128, 640, False)], 64).holds == 64
     late = study_of(rows_of("mlp", "sgd", lambda size: None if size == 64 else law(size)))
     assert scaling.scalings(late)["mlp", "sgd"].reach is None
     assert verdicts.scalable_on(scaling.scalings(late)["mlp", "sgd"]) is verdicts.Scalable.NO
@@ -161,6 +163,9 @@ def test_a_difference_counts_only_beyond_the_spread_of_the_seeds() -> None:
     assert verdicts.compare(spread([]), spread([9, 9, 9])) is outcome.MORE  # every point of the grid diverged
 
 
+LOST = row("mlp", "sgd", 64, (0.1, 0.1), 0, "grid", None, diverged=True)
+
+
 def test_sensitivity_is_the_share_of_the_grid() -> None:
     """One best point, four at 1.6 times its steps and 1.2 times its loss, four at 2.56 and 1.44."""
     study = study_of(rows_of("mlp", "sgd", falling(6400, 10)))
@@ -169,6 +174,8 @@ def test_sensitivity_is_the_share_of_the_grid() -> None:
     assert sensitivity.share_of_loss(cell, 1.1) == pytest.approx(1 / 9)
     assert sensitivity.share_of_steps(cell, 2.0) == pytest.approx(5 / 9)
     assert sensitivity.share_of_steps(cell, math.inf) == 1
+    lost = study_of([*rows_of("mlp", "sgd", falling(6400), sizes=[64])[1:], LOST]).cells["mlp", "sgd", 64]
+    assert (len(lost.grid), sensitivity.share_of_loss(lost, 1.5)) == (9, pytest.approx(8 / 9))
     grid = sensitivity.grid_of(cell)
     assert grid.names == ("lr", "momentum") and grid.rows == grid.columns == (0.1, 1.0, 10.0) and grid.tuned == (1, 1)
     assert grid.records[0, 2].settings == {"lr": 0.1, "momentum": 10.0} and grid.edges() == []
@@ -233,6 +240,12 @@ def test_the_finding_needs_seeds_batch_sizes_and_a_start() -> None:
         if (entry["method"], entry["seed"]) == ("kfac", 2) and entry["batch_size"] > 500:
             entry["reached"]["steps"] = 40.0
     assert finding(study_of(rows)) == (undecided, "seeds disagree")
+    # by the medians K-FAC stops before SGD does, but two seeds go on, each in its way
+    rows = rows_of("mlp", "sgd", falling(20000, 40)) + rows_of("mlp", "kfac", falling(20000), sizes=(64, 256))
+    for size, efficiency in ((1024, (0.3, 1.0, 0.1)), (4096, (0.1, 0.3, 1.0))):
+        for seed, stage in enumerate(("grid", "seeds", "seeds")):
+            rows.append(row("mlp", "kfac", size, (1.0, 1.0), seed, stage, 20000 / size / efficiency[seed]))
+    assert finding(study_of(rows)) == (undecided, "seeds disagree")
 
 
 def test_table_entries_are_those_of_the_laws() -> None:
@@ -267,6 +280,19 @@ def test_table_entries_are_those_of_the_laws() -> None:
     assert text.rows[1][3] == "6 of 12 (MLP 0/4, ResNet 3/4, autoencoder 3/4)"
     assert text.rows[1][5] == "yes (MLP 256 = 4 B0; ResNet 1024 = 16 B0; autoencoder 1024 = 16 B0)"
     assert text.rows[3][5] == "no (MLP none: no target at 64)"
+
+
+def test_less_is_a_success_only_by_as_much_as_was_written_down() -> None:
+    def successes(share: float) -> dict[str, tuple[int, int]]:
+        rows = rows_of("mlp", "sgd", falling(10000), wobble=0.01)
+        study = study_of(rows + rows_of("mlp", "kfac", falling(share * 10000), wobble=0.01))
+        found = verdicts.at_same_batch_size(study, "mlp", "kfac", ORDERS, "steps")
+        assert {c.outcome for c in found} == {verdicts.Outcome.LESS}
+        return verdicts.table(study, ORDERS, scaling.scalings(study), ["kfac"], ["mlp"])[0].successes["mlp"]
+
+    assert successes(0.85) == {"steps": (0, 4), "seconds": (4, 4)}
+    assert successes(0.75) == {"steps": (4, 4), "seconds": (4, 4)}
+    assert successes(0.95) == {"steps": (0, 4), "seconds": (0, 4)}
 
 
 def test_one_task_of_three_is_partly() -> None:
