@@ -82,7 +82,7 @@ def published(study: Study, names: Names, scaling: Mapping[tuple[str, str], Scal
             ours, theirs = scaling.get((task, method)), scaling.get((task, SGD))
             finding, why = scales_no_better(ours, theirs)
             numbers = []
-            if ours is not None and theirs is not None and ours.reach is not None and theirs.reach is not None:
+            if all(s is not None and s.decided and s.reach is not None for s in (ours, theirs)):
                 numbers = [f"{_reach(ours)} against SGD's {_reach(theirs)}"]
             detail = "; ".join([*numbers, *([why] if why else [])])
             verdicts.setdefault(finding, []).append(f"{names.tasks[task]}: {detail}")
@@ -101,6 +101,8 @@ def _reach(scaling: Scaling | None) -> str:
     """Up to which batch size steps fall well enough."""
     if scaling is None:
         return "not run"
+    if not scaling.decided:
+        return "too few batch sizes"
     if scaling.reach is None:
         return "no target at the smallest batch"
     if not scaling.reach.stops:

@@ -22,8 +22,8 @@ def runs_and_cost(study: Study, names: Names) -> list[str]:
         f"{plural(len(records), 'run')} ({stages['grid']:,} of the grids, {stages['seeds']:,} further seeds); "
         f"{sum(record.diverged for record in records):,} diverged, "
         f"{sum(record.error is not None for record in records):,} failed.",
-        f"{sum(r.wall_seconds for r in records) / 3600:.2f} core-hours of training (one thread a run), evaluation and "
-        f"start-up not counted; {sum(r.seconds for r in records) / 3600:.2f} hours of processor time.",
+        f"{sum(r.seconds for r in records) / 3600:.2f} core-hours of processor time in training, one thread a run "
+        f"({sum(r.wall_seconds for r in records) / 3600:.2f} hours by the clock); evaluation and start-up not counted.",
     ]
     for task in names.tasks:
         mine = [record for record in records if record.task == task]

@@ -337,8 +337,9 @@ def test_limits_count_runs_and_name_what_is_missing() -> None:
     own = names.Names.of(study)
     text = "\n".join(limits.limits(study, own))
     assert text.startswith(f"{len(rows) - 1} runs (")
-    hours = sum(entry["wall_seconds"] for entry in rows[:-1]) / 3600
-    assert f"{hours:.2f} core-hours of training" in text
+    hours = sum(entry["seconds"] for entry in rows[:-1]) / 3600
+    assert f"{hours:.2f} core-hours of processor time in training" in text
+    assert f"({1.2 * hours:.2f} hours by the clock)" in text
     assert "Missing, MLP, not run: K-FAC at 1024; K-FAC at 4096." in text
     assert "Missing, MLP, grids not whole: K-FAC at 256 (8 of 9)." in text
     assert "Commit: abcdef0." in text and "grids of 8 and 9 points" in text
