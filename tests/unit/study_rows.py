@@ -1,4 +1,7 @@
-"""Rows of the study made from laws: what a run needs to the target is a formula of batch size, settings and seed."""
+"""Rows of the study made from laws: what a run needs to the target is a formula of batch size, settings and seed.
+
+And the report's modules, which import each other by their short names, for the tests that read such rows.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from recipe_modules import flat
+
+with flat("study") as module:
+    cells, findings, limits, names, page = map(module, ("cells", "findings", "limits", "names", "page"))
+    records, scaling, sensitivity = map(module, ("records", "scaling", "sensitivity"))
+    tables, verdicts = map(module, ("tables", "verdicts"))
+
+ORDERS = {"sgd": 1, "adamw": 1, "kfac": 2, "shampoo": 2, "sonew": 2, "trcg": 2, "strcg": 2}
 EXAMPLES, BASE_EPOCHS = 4096, 10
 AXES = {
     "sgd": ("lr", "momentum"),
@@ -123,3 +134,13 @@ def rows_of(
                 final = 0.3 * (1 + 0.01 * seed)
                 found.append(row(task, method, size, (1.0, 1.0), seed, "seeds", steps, final=final, **others))
     return found
+
+
+def study_of(rows: Iterable[dict[str, Any]]) -> Any:
+    return cells.Study.of(records.Record(**entry) for entry in rows)
+
+
+def words(study: Any) -> str:
+    """Every sentence of the findings, one a line."""
+    sections = findings.findings(study, names.Names.of(study), scaling.scalings(study))
+    return "\n".join(point for section in sections for point in section.points)
