@@ -107,7 +107,7 @@ def sensitivity_figure(study: Study, names: Names) -> Figure:
     """A row for each task: the share of the grid near the best by final loss, by steps, and that reaches the target."""
     figure = Figure(figsize=(9, 0.6 + 2.9 * len(names.tasks)), layout="constrained")
     for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
-        headline = f"share near the best {headline_of_sensitivity(study, task, names)} methods"
+        headline = f"share of the grid near the best, {headline_of_sensitivity(study, task, names)}"
         part.suptitle(f"{names.tasks[task]}: {headline}", x=0.01, ha="left", fontweight="bold", fontsize=10)
         axes = part.subplots(1, 3, sharey=True)
         _sensitivity(axes[0], study, task, names)

@@ -58,4 +58,6 @@ def headline_of_sensitivity(study: Study, task: str, names: Names) -> str:
     if not known:
         return "too few batch sizes for a trend"
     shrinks, grows = known.count(Trend.SHRINKS), known.count(Trend.GROWS)
-    return f"shrinks for {shrinks}, grows for {grows} of {len(known)}"
+    if not shrinks and not grows:
+        return f"no clear trend in {len(known)} methods"
+    return f"shrinks for {shrinks}, grows for {grows} of {len(known)} methods"

@@ -92,8 +92,8 @@ def missing(study: Study, names: Names) -> list[str]:
 
 
 STANDING = [
-    "One machine; seconds are processor time of one thread, so they say nothing about parallel hardware, on which a "
-    "large batch costs less than its samples.",
+    "One machine; seconds are processor time of one thread, beside other runs that share its caches. They say nothing "
+    "about parallel hardware, on which a large batch costs less than its samples.",
     "Small networks and data sets: other sizes may order the methods otherwise.",
     "The setting is tuned by one seed, which counts among the seeds: its run is the best of the grid by chance too. "
     "Grids are of equal size, but the best of several second-order methods is chosen from more runs than the best "

@@ -110,7 +110,8 @@ def legend(figure: Figure, names: Names, extra: list[Line2D] | None = None, colu
     """All methods and what their lines mean, below the panels."""
     lines = [Line2D([], [], label=label, **line_style(name, names)) for name, label in names.methods.items()]
     lines += extra or []
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(columns, len(lines)))
+    rows = -(-len(lines) // columns)
+    figure.legend(handles=lines, loc="outside lower center", ncols=-(-len(lines) // rows))
 
 
 def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
