@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def plane(run: Run, solution: Path, data_dir: Path | None) -> dict[str, Any]:
     from trial import evaluate, perform, problem_of
 
     if not solution.exists():
-        row = perform(replace(run, keep=True), data_dir, solution)
+        row = perform(run, data_dir, solution, {})
         if not solution.exists():
             raise RuntimeError(f"{run.describe()}: no solution to look around ({row.error or 'diverged'})")
     preset, problem = PRESETS[run.preset], problem_of(run.preset, run.task, data_dir)

@@ -167,7 +167,7 @@ def sonew(model: nn.Module, seed: int, lr: float, eps: float) -> Any:
     return SONew(model, lr, betas=(MOMENTUM, 0.99), eps=eps, start_preconditioning_step=5)
 
 
-@method("TRCG", order=2, radius=Axis(1.0, 4), max_cg_iterations=Axis(10, 3, "whole"))
+@method("TRCG", order=2, radius=Axis(1.0, 4), max_cg_iterations=Axis(5, 2.5, "whole"))
 def trcg(model: nn.Module, seed: int, radius: float, max_cg_iterations: float) -> Any:
     """The Hessian of the whole batch, with its negative curvature."""
     return _trust_region(model, seed, radius, max_cg_iterations=int(max_cg_iterations), hessian_fraction=1.0)
@@ -179,7 +179,7 @@ def strcg(model: nn.Module, seed: int, radius: float, hessian_fraction: float) -
     return _trust_region(model, seed, radius, max_cg_iterations=10, hessian_fraction=hessian_fraction)
 
 
-@method("TRCG, Gauss-Newton", order=2, default=False, radius=Axis(1.0, 4), max_cg_iterations=Axis(10, 3, "whole"))
+@method("TRCG, Gauss-Newton", order=2, default=False, radius=Axis(1.0, 4), max_cg_iterations=Axis(5, 2.5, "whole"))
 def trcg_gauss_newton(model: nn.Module, seed: int, radius: float, max_cg_iterations: float) -> Any:
     """Without negative curvature."""
     return _trust_region(

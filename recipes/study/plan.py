@@ -102,9 +102,10 @@ class Plan:
         for cell in self.cells():
             for point in self.grid(cell):
                 for seed in self.preset.seeds:
-                    run = replace(point, seed=seed, stage="grid" if seed == point.seed else "seeds")
-                    if run.id == id:
-                        return run
+                    if seed != point.seed:
+                        point = replace(point, seed=seed, stage="seeds", keep=False)
+                    if point.id == id:
+                        return point
         return None
 
     def _run(self, cell: tuple[str, str, int], settings: tuple[tuple[str, float], ...], seed: int, stage: str) -> Run:

@@ -17,7 +17,6 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 def _serve(connection: Connection, extras: list[Path]) -> None:
     """In the child: answer each ``(function, arguments)`` with what it returns, or its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -60,7 +59,9 @@ class Pool:
     def _start(self) -> tuple[BaseProcess, Connection]:
         here, there = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(there, self.extras), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, while they start too
         process.start()
+        signal.signal(signal.SIGINT, handler)
         there.close()
         return process, here
 

@@ -76,7 +76,7 @@ PRESETS = {
         evaluations=4,
         evaluation_examples=256,
         landscape_points=3,
-        landscape_examples=128,
+        landscape_examples=256,
     ),
     "small": Preset(
         tasks={

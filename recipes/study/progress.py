@@ -23,18 +23,25 @@ class Progress:
         total: runs of the whole study. done: those that were there before.
         expected: processor seconds of what is to be run, estimated.
         jobs: processes.
+        before: processor seconds of the runs that were there before.
         every: seconds between plain lines.
     """
 
     def __init__(
-        self, total: int, done: int, expected: float, jobs: int, stream: TextIO = sys.stdout, every: float = 10.0
+        self,
+        total: int,
+        done: int,
+        expected: float,
+        jobs: int,
+        before: float = 0.0,
+        stream: TextIO = sys.stdout,
+        every: float = 10.0,
     ) -> None:
         self.total, self.done, self.expected, self.jobs = total, done, expected, jobs
-        self.stream, self.every = stream, every
+        self.before, self.stream, self.every = before, stream, every
         self.terminal = stream.isatty()
         self.used = self.estimated = 0.0
         self.shown = -every
-        self.started = time.monotonic()
 
     def left(self) -> float:
         """Seconds to the end: what is estimated to be left, times how the estimate has been wrong so far."""
@@ -50,10 +57,8 @@ class Progress:
         """
         self.done += 1
         self.used, self.estimated = self.used + seconds, self.estimated + estimated
-        line = (
-            f"{self.done}/{self.total} runs, {self.used / 3600:.3f} core-hours used, about {duration(self.left())} left"
-            f"; {text}"
-        )
+        used = f"{(self.before + self.used) / 3600:.3f} core-hours used"
+        line = f"{self.done}/{self.total} runs, {used}, about {duration(self.left())} left; {text}"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
             self.stream.write("\r\033[K" + line[:width])

@@ -29,6 +29,7 @@ class Record:
         stage: ``"grid"``, or ``"seeds"`` for further seeds of a tuned point, whose grid run is its first seed.
         epochs: the budget. steps, samples: what was done, less where the run diverged or failed.
         seconds: of the process's processor time, training alone; wall_seconds: the same by the clock on the wall.
+        total_seconds: of processor time with evaluations and the reading of data: what the study has cost.
         propagations: forward or backward passes through one example.
         target: training loss. reached: the clocks at which it was first at or below the target, None where it never
             was.
@@ -66,6 +67,7 @@ class Record:
     machine: str = ""
     data: str = ""
     error: str | None = None
+    total_seconds: float = 0.0
 
     @property
     def cell(self) -> tuple[str, str, int]:

@@ -139,7 +139,7 @@ def check_data(study: Study, pool: Pool) -> None:
 
 def train(study: Study, pool: Pool) -> None:
     """Every run that is missing; a cell's seeds follow as soon as its grid is complete."""
-    from trial import perform_timed
+    from trial import perform
 
     cells = [cell for cell in study.plan.cells() if study.left(cell)]
     total = study.plan.runs()
@@ -164,17 +164,17 @@ def train(study: Study, pool: Pool) -> None:
     )
     if study.given.estimate:
         return
-    progress = Progress(total, done, seconds, jobs)
+    progress = Progress(total, done, seconds, jobs, before=sum(row.total_seconds for row in study.rows.values()))
     queue = deque(run for cell in cells for run in study.missing(cell))
     open_runs = {cell: sum(run.cell == cell for run in queue) for cell in cells}
 
     def call(run: Run) -> Any:
         keep = study.solution(run) if run.keep else None
-        return perform_timed, (run, study.given.data_dir, keep, study.about(run))
+        return perform, (run, study.given.data_dir, keep, study.about(run))
 
     try:
         for run, result, error in pool.work(lambda: queue.popleft() if queue else None, call):
-            row, used = (_failed(run, study.about(run), error), 0.0) if error is not None else result
+            row = _failed(run, study.about(run), error) if error is not None else result
             study.add(row)
             if row.error is not None:
                 progress.say(f"{run.describe()}: {row.error}")
@@ -184,7 +184,7 @@ def train(study: Study, pool: Pool) -> None:
                 open_runs[run.cell] = len(more)
                 progress.total -= len(size.seeds) - 1 if not more else 0
                 queue.extendleft(reversed(more))
-            progress.add(used, expected[run.cell], study.best(run.cell))
+            progress.add(row.total_seconds, expected[run.cell], study.best(run.cell))
     finally:
         progress.end()
 
@@ -222,7 +222,7 @@ def only(study: Study, id: str) -> None:
     run = study.plan.find(id)
     if run is None:
         raise SystemExit(f"--only {id}: preset {study.plan.name} has no run of this id")
-    row = perform(run, study.given.data_dir, None, **study.about(run))
+    row = perform(run, study.given.data_dir, None, study.about(run))
     if id not in study.rows:
         study.add(row)
     print(json.dumps({**asdict(row), **records.finite_parts(row)}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class Stepper:
 
     def __init__(self, model: nn.Module, optimizer: Any, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.gauss_newton = getattr(optimizer, "curvature", "") == "gauss_newton"
+        options = getattr(optimizer, "options", None)
+        self.gauss_newton = getattr(options, "curvature", None) == "gauss_newton"  # its closures return outputs too
         self.counts: dict[str, int] = {}
         self._propagations = 0.0
         if hasattr(optimizer, "step_on"):
@@ -82,6 +83,8 @@ class Stepper:
 
         loss = self.optimizer.step_on(loss_of, (inputs, targets))
         last = self.optimizer.last
+        if last is None:  # the first loss was not finite
+            return math.nan
         self.counts["rejected"] += not last.accepted
         self.counts["negative_curvature"] += bool(last.negative_curvature)
         self.counts["cg_iterations"] += int(last.cg_iterations)
@@ -128,7 +131,7 @@ class Course:
         return dict(zip(COLUMNS[4:], (min(known[0]), min(known[1]), max(known[2])), strict=True))
 
 
-def perform(run: Run, data_dir: Path | None, keep: Path | None, **about: str) -> Record:
+def perform(run: Run, data_dir: Path | None, keep: Path | None, about: Mapping[str, str]) -> Record:
     """Train, and say how it went. What goes wrong inside is recorded with its error.
 
     Args:
@@ -136,6 +139,7 @@ def perform(run: Run, data_dir: Path | None, keep: Path | None, **about: str) ->
         keep: file for the solution.
         about: command, version, commit and machine of the row.
     """
+    began = time.process_time()
     problem = problem_of(run.preset, run.task, data_dir)
     torch.manual_seed(run.seed)
     course = Course(run, problem, problem.model())
@@ -181,21 +185,16 @@ def perform(run: Run, data_dir: Path | None, keep: Path | None, **about: str) ->
         propagations=stepper.propagations if stepper else 0.0,
         target=run.target,
         reached=reached(finite(course.rows), run.target),
-        final=course.last(),
-        best=course.best(),
+        final=finite(course.last()),
+        best=finite(course.best()),
         diverged=diverged,
         counts=stepper.counts if stepper else {},
         curve=finite(course.rows),
         data=problem.data,
         error=error,
+        total_seconds=float(f"{time.process_time() - began:.6g}"),
         **about,
     )
-
-
-def perform_timed(run: Run, data_dir: Path | None, keep: Path | None, about: dict[str, str]) -> tuple[Record, float]:
-    """The row, and the processor seconds of everything: training, evaluations, reading the data."""
-    started = time.process_time()
-    return perform(run, data_dir, keep, **about), time.process_time() - started
 
 
 def data_of(preset: str, task: str, data_dir: Path | None) -> str:
