@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cells import Cell, Study
@@ -14,11 +14,12 @@ from matplotlib.lines import Line2D
 from names import Names
 from records import CLOCKS
 from scaling import own_speed_up
-from sensitivity import shares_of_loss, shares_of_steps
+from sensitivity import shares_of_loss, shares_of_steps, shares_reached
 from style import INK, PAPER, batch_axis, legend, line_style, number_axis
 from thresholds import SENSITIVITY_STEPS_WITHIN, SENSITIVITY_WITHIN
 from verdicts import at_same_batch_size
 
+Shares = Callable[[list[Cell]], dict[int, float | None]]
 UNITS = {"steps": "steps", "samples": "samples", "seconds": "CPU seconds, one thread", "propagations": "propagations"}
 IDEAL = Line2D([], [], color=INK, linestyle=":", linewidth=1, label="ideal scaling")
 OPEN = Line2D([], [], color=INK, marker="o", markerfacecolor=PAPER, linestyle="", label="target not reached")
@@ -105,37 +106,30 @@ def speed_up_figure(study: Study, names: Names) -> Figure:
 
 def sensitivity_figure(study: Study, names: Names) -> Figure:
     """A row for each task: the share of the grid near the best by final loss, by steps, and that reaches the target."""
-    figure = Figure(figsize=(9, 0.6 + 2.9 * len(names.tasks)), layout="constrained")
+    panels = (
+        (shares_of_loss, f"final loss within {SENSITIVITY_WITHIN:g} of the best"),
+        (shares_of_steps, f"target in {SENSITIVITY_STEPS_WITHIN:g} times the fewest steps"),
+        (shares_reached, "target reached at all"),
+    )
+    figure = Figure(figsize=(9, 0.6 + 3.0 * len(names.tasks)), layout="constrained")
     for part, task in zip(rows(figure, len(names.tasks)), names.tasks, strict=True):
-        headline = f"share of the grid near the best, {headline_of_sensitivity(study, task, names)}"
-        part.suptitle(f"{names.tasks[task]}: {headline}", x=0.01, ha="left", fontweight="bold", fontsize=10)
+        part.suptitle(names.tasks[task], x=0.01, ha="left", fontweight="bold", fontsize=10)
         axes = part.subplots(1, 3, sharey=True)
-        _sensitivity(axes[0], study, task, names)
-        for axis, within in ((axes[1], SENSITIVITY_STEPS_WITHIN), (axes[2], math.inf)):
-            for method in names.methods:
-                shares = shares_of_steps(study.of_method(task, method), within)
-                plot_gaps(axis, shares, study.batch_sizes(task), line_style(method, names))
-            batch_axis(axis, study.batch_sizes(task))
-        for axis, label in zip(
-            axes,
-            (
-                f"final loss within {SENSITIVITY_WITHIN:g} of the best",
-                f"target in {SENSITIVITY_STEPS_WITHIN:g} times the fewest steps",
-                "target reached at all",
-            ),
-            strict=True,
-        ):
-            axis.set_title(label, fontsize=8.5)
+        for axis, (shares, label) in zip(axes, panels, strict=True):
+            draw_sensitivity(axis, study, task, names, shares)
+            headline = headline_of_sensitivity(study, task, names, shares)
+            axis.set_title(f"{label}:\n{headline}", fontsize=8.5)
             axis.set_xlabel("batch size")
         axes[0].set_ylabel("share of the grid")
     legend(figure, names)
     return figure
 
 
-def _sensitivity(axis: Axes, study: Study, task: str, names: Names) -> None:
+def draw_sensitivity(axis: Axes, study: Study, task: str, names: Names, shares: Shares) -> None:
+    """Args: shares: of a method's cells, by batch size."""
     for method in names.methods:
-        shares = shares_of_loss(study.of_method(task, method))
-        plot_gaps(axis, shares, study.batch_sizes(task), line_style(method, names))
+        found = shares(study.of_method(task, method))
+        plot_gaps(axis, found, study.batch_sizes(task), line_style(method, names))
     batch_axis(axis, study.batch_sizes(task))
     axis.set_ylim(-0.04, 1.04)
 
@@ -164,13 +158,17 @@ def main_figure(study: Study, names: Names) -> Figure:
         steps, seconds, share = part.subplots(1, 3)
         draw_cost(steps, study, task, names, "steps")
         draw_cost(seconds, study, task, names, "seconds")
-        _sensitivity(share, study, task, names)
+        draw_sensitivity(share, study, task, names, shares_of_steps)
         titles = (
             headline_of_steps(study, task, names, "steps"),
             headline_of_total(study, task, names, "seconds"),
-            headline_of_sensitivity(study, task, names).capitalize(),
+            headline_of_sensitivity(study, task, names, shares_of_steps).capitalize(),
         )
-        labels = ("steps to target", "CPU seconds to target", f"grid share within {SENSITIVITY_WITHIN:g} of best")
+        labels = (
+            "steps to target",
+            "CPU seconds to target",
+            f"share within {SENSITIVITY_STEPS_WITHIN:g}x fewest steps",
+        )
         for axis, text, label in zip((steps, seconds, share), titles, labels, strict=True):
             axis.set_title(text, fontsize=8.5)
             axis.set_ylabel(label)

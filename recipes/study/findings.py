@@ -11,8 +11,8 @@ from cells import Study
 from names import Names
 from records import CLOCKS
 from scaling import Scaling
-from sensitivity import Trend, dispersion, share_trend, shares_of_loss
-from thresholds import LEAST_SEEDS, SCALABLE_EFFICIENCY, SENSITIVITY_WITHIN
+from sensitivity import Trend, dispersion, share_trend, shares_of_loss, shares_of_steps
+from thresholds import LEAST_SEEDS, SCALABLE_EFFICIENCY, SENSITIVITY_STEPS_WITHIN, SENSITIVITY_WITHIN
 from verdicts import Comparison, Finding, Outcome, at_best_batch_size, at_same_batch_size, cheapest, scales_no_better
 from wording import amount, listed, percent, ranged, ratio
 
@@ -191,21 +191,26 @@ def scaling_of_methods(task: str, names: Names, scaling: Mapping[tuple[str, str]
 
 
 def sensitivity_of_methods(study: Study, task: str, names: Names) -> list[str]:
-    """The share of good settings at the smallest and the largest batch size, and its trend."""
-    words = []
-    for method in names.methods:
-        shares = shares_of_loss(study.of_method(task, method))
-        known = {size: share for size, share in sorted(shares.items()) if share is not None}
-        if not known:
-            continue
-        trend, _ = share_trend(shares)
-        (low, first), (high, last) = min(known.items()), max(known.items())
-        span = f"{percent(first)} at {low}" + (f", {percent(last)} at {high}" if high != low else "")
-        verb = "too few batch sizes" if trend is Trend.UNKNOWN else trend.value
-        words.append(f"{names.methods[method]} {span} ({verb})")
-    if not words:
-        return []
-    return [f"Share of the grid whose final loss is within {SENSITIVITY_WITHIN:g} of the best: {'; '.join(words)}."]
+    """Shares of good settings at the smallest and the largest batch size, and their trends."""
+    points = []
+    for shares_of, text in (
+        (shares_of_loss, f"whose final loss is within {SENSITIVITY_WITHIN:g} of the best"),
+        (shares_of_steps, f"that reaches the target in {SENSITIVITY_STEPS_WITHIN:g} times the fewest steps"),
+    ):
+        words = []
+        for method in names.methods:
+            shares = shares_of(study.of_method(task, method))
+            known = {size: share for size, share in sorted(shares.items()) if share is not None}
+            if not known:
+                continue
+            trend, _ = share_trend(shares)
+            (low, first), (high, last) = min(known.items()), max(known.items())
+            span = f"{percent(first)} at {low}" + (f", {percent(last)} at {high}" if high != low else "")
+            verb = "too few batch sizes" if trend is Trend.UNKNOWN else trend.value
+            words.append(f"{names.methods[method]} {span} ({verb})")
+        if words:
+            points.append(f"Share of the grid {text}: {'; '.join(words)}.")
+    return points
 
 
 def spread_of_seeds(study: Study, task: str, names: Names) -> list[str]:

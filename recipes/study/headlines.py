@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from cells import Study
+from collections.abc import Callable
+
+from cells import Cell, Study
 from names import Names
-from sensitivity import Trend, share_trend, shares_of_loss
+from sensitivity import Trend, share_trend
 from verdicts import Comparison, Outcome, at_best_batch_size, cheapest
 from wording import amount, ratio
 
@@ -47,13 +49,12 @@ def _who(found: Comparison, names: Names, less: str) -> str:
     return f"{', '.join(texts)} (too few seeds)"
 
 
-def headline_of_sensitivity(study: Study, task: str, names: Names) -> str:
-    """For how many methods the share of good settings shrinks as the batch grows."""
-    trends = [
-        share_trend(shares_of_loss(study.of_method(task, method)))[0]
-        for method in names.methods
-        if study.of_method(task, method)
-    ]
+def headline_of_sensitivity(
+    study: Study, task: str, names: Names, shares: Callable[[list[Cell]], dict[int, float | None]]
+) -> str:
+    """For how many methods the share of good settings shrinks as the batch grows. Args: shares: of a method's cells."""
+    found = [study.of_method(task, method) for method in names.methods]
+    trends = [share_trend(shares(cells))[0] for cells in found if cells]
     known = [trend for trend in trends if trend is not Trend.UNKNOWN]
     if not known:
         return "too few batch sizes for a trend"

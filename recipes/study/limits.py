@@ -100,6 +100,8 @@ STANDING = [
     "first-order one.",
     "With three seeds each, two methods that are alike are told apart by the rule above in about six of a hundred "
     "comparisons, by chance alone (normal noise).",
+    "It is harder to be within a factor of the best final loss where that is near zero: the share compares batch sizes "
+    "of one method rather than methods.",
     "Learning rates are constant; targets are training losses: nothing is said about generalisation.",
 ]
 

@@ -114,7 +114,8 @@ class Report:
         near = f"Share of the grid with a final loss within {SENSITIVITY_WITHIN:g} of the best"
         add(
             "study",
-            f"Steps and processor seconds to the target, and the {near[:1].lower()}{near[1:]}; {ranges}.",
+            f"Steps and processor seconds to the target, and the share of the grid that reaches it in "
+            f"{SENSITIVITY_STEPS_WITHIN:g} times the fewest steps; {ranges}.",
             *(main_figure, study, names),
             dpi=200,
         )
@@ -123,7 +124,7 @@ class Report:
             text = f"{label}: the grid of every method and batch size, steps to the target over the fewest."
             add(f"grid_{task}", text, heat_figure, study, task, names)
             text = f"{label}: loss on a filter-normalised random plane around tuned solutions (crosses). "
-            text += "One colour scale; its last colour stands for all larger losses."
+            text += "One colour scale; its first and last stand for all losses beyond."
             add(f"landscape_{task}", text, landscape_figure, self.planes, task, names)
         text = "Speed-up over the method's own smallest batch, and over the best first-order method at the same batch."
         add("speed_up", text, speed_up_figure, study, names)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from statistics import quantiles
 
 from cells import Cell, Study, to_target
 from records import Record
-from thresholds import SENSITIVITY_CHANGE, SENSITIVITY_WITHIN
+from thresholds import SENSITIVITY_CHANGE, SENSITIVITY_STEPS_WITHIN, SENSITIVITY_WITHIN
 
 Place = tuple[int, int]
 
@@ -80,13 +81,15 @@ def share_of_loss(cell: Cell, within: float = SENSITIVITY_WITHIN) -> float | Non
 def share_of_steps(cell: Cell, within: float) -> float | None:
     """The share of the grid, all of it, that reaches the target in at most `within` times the fewest steps.
 
-    Args:
-        within: infinite: the share that reaches it at all.
-
     Returns:
-        None where no point reached the target.
+        None where no point reached the target: there is no best.
     """
     return _share([to_target(record) for record in cell.grid], within)
+
+
+def share_reached(cell: Cell) -> float:
+    """The share of the grid that reaches the target at all."""
+    return sum(math.isfinite(to_target(record)) for record in cell.grid) / len(cell.grid)
 
 
 def _share(values: Sequence[float], within: float) -> float | None:
@@ -98,14 +101,22 @@ def _share(values: Sequence[float], within: float) -> float | None:
 
 def shares_of_loss(cells: Sequence[Cell], within: float = SENSITIVITY_WITHIN) -> dict[int, float | None]:
     """By batch size; grids smaller than the largest of these cells are not whole yet and have no share."""
-    whole = max((len(cell.grid) for cell in cells), default=0)
-    return {c.batch_size: share_of_loss(c, within) if len(c.grid) == whole else None for c in cells}
+    return _of_whole_grids(cells, partial(share_of_loss, within=within))
 
 
-def shares_of_steps(cells: Sequence[Cell], within: float) -> dict[int, float | None]:
+def shares_of_steps(cells: Sequence[Cell], within: float = SENSITIVITY_STEPS_WITHIN) -> dict[int, float | None]:
     """The same of steps to the target."""
+    return _of_whole_grids(cells, partial(share_of_steps, within=within))
+
+
+def shares_reached(cells: Sequence[Cell]) -> dict[int, float | None]:
+    """The same of reaching the target at all."""
+    return _of_whole_grids(cells, share_reached)
+
+
+def _of_whole_grids(cells: Sequence[Cell], share: Callable[[Cell], float | None]) -> dict[int, float | None]:
     whole = max((len(cell.grid) for cell in cells), default=0)
-    return {c.batch_size: share_of_steps(c, within) if len(c.grid) == whole else None for c in cells}
+    return {cell.batch_size: share(cell) if len(cell.grid) == whole else None for cell in cells}
 
 
 def share_trend(shares: Mapping[int, float | None]) -> tuple[Trend, float]:

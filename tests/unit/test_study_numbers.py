@@ -148,7 +148,10 @@ def test_sensitivity_is_the_share_of_the_grid() -> None:
     assert sensitivity.share_of_loss(cell, 1.25) == pytest.approx(5 / 9)
     assert sensitivity.share_of_loss(cell, 1.1) == pytest.approx(1 / 9)
     assert sensitivity.share_of_steps(cell, 2.0) == pytest.approx(5 / 9)
-    assert sensitivity.share_of_steps(cell, math.inf) == 1
+    assert sensitivity.share_reached(cell) == 1
+    sparse = study_of(rows_of("mlp", "sgd", falling(20000), sizes=[64, 256]))  # 312 steps; a budget of 640 at 64
+    assert sensitivity.shares_reached(sparse.of_method("mlp", "sgd")) == {64: pytest.approx(5 / 9), 256: 1}
+    assert sensitivity.shares_reached(study_of(rows_of("mlp", "sgd", never)).of_method("mlp", "sgd"))[64] == 0
     lost = study_of([*rows_of("mlp", "sgd", falling(6400), sizes=[64])[1:], LOST]).cells["mlp", "sgd", 64]
     assert (len(lost.grid), sensitivity.share_of_loss(lost, 1.5)) == (9, pytest.approx(8 / 9))
     grid = sensitivity.grid_of(cell)

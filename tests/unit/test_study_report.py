@@ -107,6 +107,9 @@ def test_words_name_who_needs_less_and_where() -> None:
     assert "Fewest samples at any batch size: second order K-FAC 10,000 at batch 64, first order SGD" in text
     assert "second order needs 2 times less." in text
     assert "TRCG, 44 runs: negative curvature was met in 50 % of the steps, 25 % were rejected, 7 CG iterations" in text
+    loss = "Share of the grid whose final loss is within 1.25 of the best: SGD, momentum 56 % at 64, 56 % at 4096"
+    assert f"{loss} (no clear trend); K-FAC" in text  # best, and four points at 1.2 times its loss
+    assert "that reaches the target in 2 times the fewest steps: SGD, momentum 56 % at 64" in text
     other = words(study_of(rows_of("mlp", "sgd", falling(9000)) + rows_of("mlp", "kfac", falling(18000))))
     assert f"K-FAC {everywhere} more at every batch size (2 times)." in other
     assert f"{short} 0 of 4 pairs of task and batch size, and more at 4. MLP more at every batch size (SGD; " in other
