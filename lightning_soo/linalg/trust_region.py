@@ -142,7 +142,7 @@ def steihaug(
         s, d, r, h, i, p, m = range(7) if precondition is not None else (0, 1, 2, 3, 1, 2, 3)
         inner = gram(vectors)
         if not bool(torch.isfinite(inner).all()):
-            raise FloatingPointError(f"the product with the curvature in iteration {iteration} is not finite")
+            raise FloatingPointError(f"product {iteration} with the curvature is not finite")
         entry = inner.tolist()
         # <r, M^-1 r> = -<r, d>
         line = _Line(model, entry[r][p], entry[d][h], distance, entry[s][i], entry[d][i])

@@ -68,7 +68,8 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             memory of one model while the step lasts.
         keep_graphs: keep the graph of every micro-batch for products, or (False) build it for each product; None keeps
             it where there is one micro-batch.
-        nonfinite: a loss or gradient that is not finite: ``"skip"`` the step and warn once, or ``"raise"``.
+        nonfinite: a loss, a gradient or a product with the curvature that is not finite: ``"skip"`` the step and warn
+            once, or ``"raise"``.
         seed: of the choice of examples for ``hessian_fraction``.
 
     Attributes:
@@ -279,10 +280,14 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             elif self.options.hessian_fraction < 1:
                 objective.choose(self._choose(len(objective.evaluations)))
             iteration = self._begin()
-            if not (math.isfinite(iteration.loss) and math.isfinite(iteration.norm)):
-                return self._skip(iteration.loss, iteration.norm)
+            loss, norm = iteration.loss, iteration.norm
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                return self._skip(loss, f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite")
             self._observe(iteration.gradient)
-            return self._iterate(iteration, self.options.retries)
+            try:
+                return self._iterate(iteration, self.options.retries)
+            except FloatingPointError as error:
+                return self._skip(loss, str(error))
         except BaseException:
             self.abandon()
             raise
@@ -296,13 +301,13 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             )
         return one_of_each_stratum(count, fraction, seed=self.options.seed, step=self.steps, rank=rank)
 
-    def _skip(self, loss: float, norm: float) -> Tensor:
-        text = f"the loss ({loss:g}) or its gradient ({norm:g}) is not finite in iteration {self.steps + 1}"
+    def _skip(self, loss: float, reason: str) -> Tensor:
+        reason = f"{reason} (after {self.steps} iterations)"
         if self.options.nonfinite == "raise":
-            raise FloatingPointError(f"{text}; nothing was changed")
+            raise FloatingPointError(f"{reason}; nothing was changed")
         self.skipped_steps += 1
         if self.skipped_steps == 1:
-            warnings.warn(f"{text}: step skipped, nothing changed (said once)", stacklevel=4)
+            warnings.warn(f"{reason}: step skipped, nothing changed (said once)", stacklevel=4)
         self.abandon()
         return torch.tensor(loss)
 

@@ -30,13 +30,13 @@ class Axis:
     limit: float | None = None
 
     def values(self, size: int, scale: float = 1.0) -> tuple[float, ...]:
-        """`size` values around the middle times `scale`, in order, with three significant digits."""
+        """`size` values in order around the middle, which (or whose complement) is multiplied by `scale`."""
         found = []
         for index in range(size):
             step = self.factor ** (index - size // 2)
             if self.kind == "complement":
-                value = 1 - float(f"{(1 - self.middle) / step:.3g}")
-                value = round(value, 6)
+                value = 1 - float(f"{(1 - self.middle) * scale / step:.3g}")
+                value = max(0.0, round(value, 6))
             else:
                 value = float(f"{self.middle * scale * step:.3g}")
             if self.kind == "whole":

@@ -126,7 +126,7 @@ def resnet(size: Size, data_dir: Path | None) -> Problem:
     "autoencoder",
     loss_label="summed cross-entropy of a picture",
     accuracy=False,
-    scales={"sgd": (0.2, 1), "kfac": (0.25, 10)},
+    scales={"sgd": (0.2, 3), "kfac": (0.25, 10)},
 )
 def autoencoder(size: Size, data_dir: Path | None) -> Problem:
     """Tanh around a linear code an eighth as wide, on digits where 5,000 of them are enough, else on clothes."""

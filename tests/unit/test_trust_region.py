@@ -381,11 +381,17 @@ def test_bad_numbers_change_nothing() -> None:
     before = flat(model)
     optimizer = TrustRegionNewtonCG(model, radius=0.5)
     inputs, targets = batch()
-    with pytest.warns(UserWarning, match="not finite in iteration 1: step skipped"):
+    with pytest.warns(UserWarning, match="is not finite .after 0 iterations.: step skipped"):
         optimizer.step_on(loss_of(model), (inputs * math.nan, targets))
     assert torch.equal(flat(model), before) and optimizer.steps == 0 and optimizer.skipped_steps == 1
     with pytest.raises(FloatingPointError, match="nothing was changed"):
         TrustRegionNewtonCG(model, nonfinite="raise").step_on(loss_of(model), (inputs * math.nan, targets))
+    # a gradient without a second derivative at this point: sqrt(|x|^3) at zero
+    y = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    flat_there = TrustRegionNewtonCG([y], radius=1.0)
+    with pytest.warns(UserWarning, match="product 1 with the curvature is not finite"):
+        flat_there.step(lambda: (y.abs() ** 1.5 + y).sum())
+    assert y.tolist() == [0.0, 1.0] and flat_there.steps == 0
     # a trial point outside the domain of the loss is rejected
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     inside = TrustRegionNewtonCG([x], radius=100.0, preset="xu", curvature="hessian", retries=20)

@@ -110,7 +110,7 @@ def test_one_reduction_for_each_iteration() -> None:
 
 
 def test_a_product_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(FloatingPointError, match="iteration 1 is not finite"):
+    with pytest.raises(FloatingPointError, match="product 1 with the curvature is not finite"):
         steihaug(lambda v: v * float("nan"), torch.ones(3), 1.0, tolerance=0.1, max_iterations=5)
 
 
