@@ -30,14 +30,21 @@ SCALABLE_EFFICIENCY = 0.5
 # "scalable" of the table: yes where the largest batch size at which efficiency holds is at least this multiple of B0 on
 # most tasks, partly where it is on one, else no. Reaching no target at B0 is no
 SCALABLE_MULTIPLE = 16
+# one method scales better than another where its critical batch size is more than this many times the other's
+CRITICAL_RATIO = 1.5
 
 # -- sensitivity of a grid: the share of its points whose final training loss is within this factor of the best --
 SENSITIVITY_WITHIN = 1.25
-# and of those that reach the target, the share that needs at most this multiple of the fewest steps
+# and the share of them (all count) that reaches the target in at most this multiple of the fewest steps
 SENSITIVITY_STEPS_WITHIN = 2.0
+# a share grows or shrinks with the batch if a straight line through it changes by at least this over all batch sizes
+SENSITIVITY_CHANGE = 0.2
 
 # seeds: differences of medians smaller than this many times the larger spread (largest less smallest) are called noise
 NOISE_SPREADS = 1.0
+# with fewer seeds of a tuned point, or fewer batch sizes of a method, nothing is decided
+LEAST_SEEDS = 3
+LEAST_SIZES = 3
 
 RULES = {
     "success in steps": f"at most {SUCCESS_STEPS:g} of the steps of the best first-order method to the target",
@@ -48,7 +55,17 @@ RULES = {
         f"least {SCALABLE_MULTIPLE} B0; partly: on one task; else no"
     ),
     "sensitivity": f"share of the grid whose final training loss is within {SENSITIVITY_WITHIN:g} of the grid's best",
-    "noise": f"differences of medians below {NOISE_SPREADS:g} times the larger spread over seeds",
+    "noise": f"differences of medians of at most {NOISE_SPREADS:g} times the larger spread (range) over seeds",
+    "undecided": f"fewer than {LEAST_SEEDS} seeds of a tuned point, or fewer than {LEAST_SIZES} batch sizes",
+    "critical batch size": (
+        f"where steps(B0) B0 / (steps(B) B) falls below {SCALABLE_EFFICIENCY:g}, on a line between batch sizes, both "
+        "axes logarithmic"
+    ),
+    "published finding": (
+        f"seen: scaling stops within the batch sizes run, at no more than {CRITICAL_RATIO:g} times SGD's critical "
+        "batch size, by the medians and for most seeds; not seen: SGD's stops and it goes on beyond that, by the "
+        "medians and for every seed; else undecided"
+    ),
 }
 
 
