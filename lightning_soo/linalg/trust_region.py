@@ -105,6 +105,7 @@ def steihaug(
     precondition: Product | None = None,
     gram: Gram = gram_matrix,
     smaller_radii: Sequence[float] = (),
+    stored: int = 4,
 ) -> list[Solution]:
     """Solve one subproblem, and on the way those of smaller radii, which cost nothing more.
 
@@ -119,10 +120,10 @@ def steihaug(
         precondition: r -> M^-1 r, linear and positive definite.
         gram: inner products of vectors laid out like ``gradient``, summed over ranks: one call for each iteration.
         smaller_radii: below ``radius``.
+        stored: how many of them are solved at most, the largest of those inside which the solution does not lie.
 
     Returns:
-        The solution, then those of the smaller radii inside which it does not lie, largest first. Each is a vector
-        like ``gradient``.
+        The solution, then those of smaller radii, largest first. Each is a vector like ``gradient``.
 
     Raises:
         FloatingPointError: a product that is not finite.
@@ -148,8 +149,12 @@ def steihaug(
         line = _Line(model, entry[r][p], entry[d][h], distance, entry[s][i], entry[d][i])
         alpha = line.minimum
         distance = line.squared_norm(alpha)
+        crossed = []
         while waiting and distance >= waiting[-1] ** 2:
-            found.append(_left(line, waiting.pop(), step, direction, iteration))
+            crossed.append(waiting.pop())
+        if crossed and stored:
+            found += [_left(line, one, step, direction, iteration) for one in crossed[-stored:]]
+            del found[:-stored]
         if distance >= radius * radius:
             return [_left(line, radius, step, direction, iteration), *reversed(found)]
         step.add_(direction, alpha=alpha)

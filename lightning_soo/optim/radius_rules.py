@@ -17,6 +17,8 @@ class RadiusRule:
         low, high: the radius is multiplied by ``shrink`` where the ratio is below ``low``, by ``grow`` where it is
             above ``high``, and by ``keep`` between them.
         only_at_boundary: whether only steps that the region has cut let it ``grow``.
+        below_step: whether the radius after a rejection excludes the rejected step: it is shrunk again where the next
+            region would only give the same step.
         max_radius: of the region.
         max_cg_iterations: products with the curvature in one step; None is as many as it takes.
     """
@@ -28,16 +30,22 @@ class RadiusRule:
     keep: float
     grow: float
     only_at_boundary: bool
+    below_step: bool
     max_radius: float
     max_cg_iterations: int | None
 
     def accepts(self, ratio: float) -> bool:
         return ratio > self.accept
 
-    def next_radius(self, radius: float, ratio: float, *, on_boundary: bool, max_radius: float) -> float:
+    def next_radius(
+        self, radius: float, ratio: float, *, step_norm: float, on_boundary: bool, max_radius: float
+    ) -> float:
         """The radius of the next region; a ratio that is not a number counts as minus infinity."""
         if math.isnan(ratio) or ratio < self.low:
-            return radius * self.shrink
+            smaller = radius * self.shrink
+            while self.below_step and not self.accepts(ratio) and smaller >= step_norm > 0:
+                smaller *= self.shrink
+            return smaller
         factor = self.keep
         if ratio > self.high and (on_boundary or not self.only_at_boundary):
             factor = self.grow
@@ -54,6 +62,7 @@ PRESETS = {
         keep=1.0,
         grow=2.0,
         only_at_boundary=True,
+        below_step=False,
         max_radius=1000.0,
         max_cg_iterations=None,
     ),
@@ -66,7 +75,8 @@ PRESETS = {
         keep=1.2,
         grow=2.0,
         only_at_boundary=False,
-        max_radius=math.inf,
+        below_step=True,
+        max_radius=1e6,
         max_cg_iterations=250,
     ),
 }

@@ -20,7 +20,7 @@ from lightning_soo.optim.sub_batches import batch_size, one_of_each_stratum, par
 from lightning_soo.optim.trust_region_iteration import Iteration, TrustRegionIterations
 from lightning_soo.optim.trust_region_options import Preconditioner, TrustRegionOptions, TrustRegionStep
 
-_COUNTERS = ("steps", "accepted", "propagations")
+_COUNTERS = ("steps", "accepted", "cg_iterations", "negative_curvature", "propagations")
 
 
 class TrustRegionNewtonCG(TrustRegionIterations):

@@ -102,7 +102,11 @@ class TrustRegionIterations(GatheredOptimizer):
             ratio = -math.inf
         accepted = options.rule.accepts(ratio)
         following = options.rule.next_radius(
-            radius, ratio, on_boundary=solution.on_boundary, max_radius=options.max_radius
+            radius,
+            ratio,
+            step_norm=solution.norm,
+            on_boundary=solution.on_boundary,
+            max_radius=options.max_radius,
         )
         if iteration.norm == 0:  # nowhere to go
             accepted, following = False, radius
@@ -127,6 +131,8 @@ class TrustRegionIterations(GatheredOptimizer):
             group["radius"] = following
             group["steps"] += 1
             group["accepted"] += int(accepted)
+            group["cg_iterations"] += used
+            group["negative_curvature"] += int(used > 0 and solution.negative_curvature)
             group["propagations"] += propagations
 
     def _solution(self, iteration: Iteration, radius: float) -> tuple[Solution, int]:
@@ -170,6 +176,7 @@ class TrustRegionIterations(GatheredOptimizer):
             precondition=self._precondition(),
             gram=self._space.gram,
             smaller_radii=self.options.smaller_radii(radius),
+            stored=self.options.stored_radii,
         )
         return iteration.solutions[0], iteration.solutions[0].iterations
 

@@ -13,6 +13,7 @@ from lightning_soo.optim.curvature import CURVATURES
 from lightning_soo.optim.radius_rules import RadiusRule, radius_rule
 
 Preconditioner = Callable[[list[Tensor]], list[Tensor]]
+_SMALLER = 64  # more rejections in a row than a radius is looked for
 NONFINITE = ("skip", "raise")
 
 
@@ -87,7 +88,7 @@ class TrustRegionOptions:
 
     def smaller_radii(self, radius: float) -> list[float]:
         """Those that rejections would lead to."""
-        return [radius * self.rule.shrink**power for power in range(1, self.stored_radii + 1)]
+        return [radius * self.rule.shrink**power for power in range(1, _SMALLER + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

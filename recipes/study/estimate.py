@@ -62,7 +62,7 @@ def _at(batch_size: int, points: dict[int, float]) -> float:
 
 def table(plan: Plan, found: dict[Cell, float]) -> list[str]:
     """Core-hours of tasks and methods, as lines; grids and seeds."""
-    runs = plan.preset.grid**2 + len(plan.preset.seeds) - 1
+    runs = plan.preset.points + len(plan.preset.seeds) - 1
     width = max(len(method) for method in plan.methods) + 2
     lines = [" " * width + "".join(f"{task:>13}" for task in plan.tasks)]
     for method in plan.methods:

@@ -64,15 +64,15 @@ class Method:
     make: Callable[..., Any]
     default: bool = True
 
-    def grid(self, size: int, scales: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, float]]:
-        """``size * size`` settings, each axis around its middle times its scale.
+    def grid(self, sizes: tuple[int, int], scales: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, float]]:
+        """``sizes[0] * sizes[1]`` settings, each axis around its middle times its scale.
 
         Raises:
             ValueError: an axis has fewer values than asked for: its limit is too near.
         """
         (first, x), (second, y) = self.axes.items()
-        columns, rows = x.values(size, scales[0]), y.values(size, scales[1])
-        for name, values in ((first, columns), (second, rows)):
+        columns, rows = x.values(sizes[0], scales[0]), y.values(sizes[1], scales[1])
+        for name, values, size in ((first, columns, sizes[0]), (second, rows, sizes[1])):
             if len(values) != size:
                 raise ValueError(f"{self.name}: axis {name} has {len(values)} values of {size}: {values}")
         return [{first: a, second: b} for a in columns for b in rows]
@@ -195,4 +195,4 @@ def trcg_gauss_newton(model: nn.Module, seed: int, radius: float, max_cg_iterati
 def _trust_region(model: nn.Module, seed: int, radius: float, curvature: str = "hessian", **options: Any) -> Any:
     from lightning_soo import TrustRegionNewtonCG
 
-    return TrustRegionNewtonCG(model, radius=radius, preset="xu", curvature=curvature, seed=seed, **options)
+    return TrustRegionNewtonCG(model, radius=radius, preset="xu", curvature=curvature, seed=seed, retries=4, **options)

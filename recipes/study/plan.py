@@ -94,7 +94,7 @@ class Plan:
 
     def runs(self) -> int:
         """How many there are in all."""
-        points = self.preset.grid**2 + len(self.preset.seeds) - 1
+        points = self.preset.points + len(self.preset.seeds) - 1
         return points * sum(1 for _ in self.cells())
 
     def find(self, id: str) -> Run | None:

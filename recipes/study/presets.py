@@ -35,7 +35,7 @@ class Preset:
     """
     Args:
         tasks: by name; a registered task that is not named takes `other`.
-        grid: values on each of the two axes of every method.
+        grid: values on the two axes of every method: of the step's size, and of the other.
         seeds: of a tuned point; the first is that of the grid.
         evaluations: of a run, about.
         evaluation_examples: of the training set, for the training loss.
@@ -44,12 +44,17 @@ class Preset:
 
     tasks: Mapping[str, TaskPreset]
     other: TaskPreset
-    grid: int
+    grid: tuple[int, int]
     seeds: tuple[int, ...]
     evaluations: int = 30
     evaluation_examples: int = 2048
     landscape_points: int = 15
     landscape_examples: int = 1024
+
+    @property
+    def points(self) -> int:
+        """Of a grid."""
+        return self.grid[0] * self.grid[1]
 
     def task(self, name: str) -> TaskPreset:
         return self.tasks.get(name, self.other)
@@ -71,7 +76,7 @@ PRESETS = {
             "autoencoder": TaskPreset(_TINY, 2, (128, 512)),
         },
         other=TaskPreset(Size(256, 128, 4), 1, (128, 256)),
-        grid=2,
+        grid=(2, 2),
         seeds=(0, 1),
         evaluations=4,
         evaluation_examples=256,
@@ -85,7 +90,7 @@ PRESETS = {
             "autoencoder": TaskPreset(Size(4096, 904, 128), 10, _powers(6, 12, 2)),
         },
         other=TaskPreset(_SMALL, 6, _powers(6, 12, 2)),
-        grid=3,
+        grid=(5, 3),
         seeds=(0, 1, 2),
     ),
     "full": Preset(
@@ -95,7 +100,7 @@ PRESETS = {
             "autoencoder": TaskPreset(_FULL, 10, _powers(5, 13)),
         },
         other=TaskPreset(_FULL, 10, _powers(5, 13)),
-        grid=5,
+        grid=(5, 5),
         seeds=(0, 1, 2, 3, 4),
         evaluations=60,
         landscape_points=25,

@@ -82,12 +82,12 @@ class Stepper:
             return (loss, outputs) if self.gauss_newton else loss
 
         loss = self.optimizer.step_on(loss_of, (inputs, targets))
-        last = self.optimizer.last
-        if last is None:  # the first loss was not finite
-            return math.nan
-        self.counts["rejected"] += not last.accepted
-        self.counts["negative_curvature"] += bool(last.negative_curvature)
-        self.counts["cg_iterations"] += int(last.cg_iterations)
+        group = self.optimizer.param_groups[0]
+        self.counts = {
+            "rejected": int(group["steps"] - group["accepted"]),
+            "negative_curvature": int(group["negative_curvature"]),
+            "cg_iterations": int(group["cg_iterations"]),
+        }
         return float(loss)
 
 

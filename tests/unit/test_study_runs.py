@@ -102,7 +102,8 @@ def test_grids_are_of_equal_size_and_budgets_grow(study: Import) -> None:
         assert len(preset.seeds) >= (2 if name == "smoke" else 3)
         for cell in made.cells():
             runs = made.grid(cell)
-            assert len({run.id for run in runs}) == len({run.settings for run in runs}) == preset.grid**2
+            assert len({run.id for run in runs}) == len({run.settings for run in runs}) == preset.points
+            assert preset.points == preset.grid[0] * preset.grid[1]
             size = preset.task(cell[0])
             batch, first = cell[2], size.batch_sizes[0]
             assert runs[0].epochs == (math.log2(batch / first) + 1) * size.base_epochs
@@ -120,7 +121,7 @@ def test_the_middle_of_a_grid_and_its_neighbours(study: Import) -> None:
     assert axis(5, 2.5, "whole").values(3) == (2, 5, 12)
     method = study("methods").METHODS["strcg"]
     with pytest.raises(ValueError, match="hessian_fraction has"):
-        method.grid(9)
+        method.grid((3, 9))
 
 
 def test_the_seeds_of_a_tuned_point(study: Import) -> None:
@@ -132,7 +133,7 @@ def test_the_seeds_of_a_tuned_point(study: Import) -> None:
     seeds = made.seeds(cell, rows)
     assert [(run.seed, run.settings, run.stage) for run in seeds] == [(s, grid[4].settings, "seeds") for s in (1, 2)]
     assert made.find(seeds[1].id) == seeds[1] and made.find(grid[7].id) == grid[7] and made.find("0" * 12) is None
-    assert made.runs() == 4 * (9 + 2)
+    assert made.runs() == 4 * (15 + 2)
 
 
 def test_registries_refuse_what_is_taken_or_incomplete(study: Import) -> None:

@@ -145,14 +145,15 @@ def test_radius_rules() -> None:
     """As they are written: scipy's source, and Xu, Roosta and Mahoney."""
     scipy, xu = PRESETS["scipy"], PRESETS["xu"]
 
-    def following(rule: RadiusRule, ratio: float, on_boundary: bool) -> float:
-        return rule.next_radius(2.0, ratio, on_boundary=on_boundary, max_radius=3.0)
+    def following(rule: RadiusRule, ratio: float, on_boundary: bool, norm: float = 2.0) -> float:
+        return rule.next_radius(2.0, ratio, step_norm=norm, on_boundary=on_boundary, max_radius=3.0)
 
     assert [following(scipy, r, True) for r in (-1.0, 0.2, 0.25, 0.75, 0.76)] == [0.5, 0.5, 2.0, 2.0, 3.0]
     assert following(scipy, 0.9, False) == 2.0
     assert [scipy.accepts(r) for r in (0.15, 0.151, -math.inf, math.nan)] == [False, True, False, False]
     assert [following(xu, r, False) for r in (0.0, 1e-4, 0.5)] == [1.0, 2.4, 2.4]
     assert following(xu, 0.81, False) == 3.0 and following(xu, math.nan, True) == 1.0
+    assert following(xu, 0.0, False, 0.3) == 0.25 and following(scipy, 0.0, False, 0.3) == 0.5
     assert [xu.accepts(r) for r in (1e-4, 1.1e-4)] == [False, True]
 
 

@@ -64,7 +64,9 @@ def test_smaller_radii_are_solved_on_the_way(negative: int, preconditioned: bool
         "precondition": (lambda r: r / diagonal) if preconditioned else None,
     }
     radii = [8.0 / 2**power for power in range(1, 8)]
-    solutions = steihaug(lambda v: hessian @ v, gradient, 8.0, smaller_radii=radii, **options)
+    few = steihaug(lambda v: hessian @ v, gradient, 8.0, smaller_radii=radii, stored=2, **options)
+    assert [round(one.radius, 9) for one in few] == [8.0, *radii[:2]]
+    solutions = steihaug(lambda v: hessian @ v, gradient, 8.0, smaller_radii=radii, stored=9, **options)
     assert [round(one.radius, 9) for one in solutions] == [8.0, *radii]
     for stored in solutions[1:]:
         alone, *_ = steihaug(lambda v: hessian @ v, gradient, stored.radius, **options)
