@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_soo.callbacks.base import Callback
-from lightning_soo.integrations.trainer import second_order_optimizers
+from lightning_soo.integrations.trainer import monitored_optimizers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 class PreconditionerMonitor(Callback):
     """Logs condition number, root residual, staleness, refresh and waiting seconds, refreshes in flight, restarts of
     workers, graft ratio and the preconditioned share. The progress bar shows ``refresh_wait`` (seconds since the last
-    record), and only after training had to wait for a refresh that was to be ready.
+    record), and only after training had to wait for a refresh that was to be ready. Of
+    :class:`lightning_soo.TrustRegionNewtonCG` it logs radius, ratio of actual to predicted reduction, norms, products
+    and propagations.
 
     Args:
         every_n_steps: optimizer steps between two records; None is the Trainer's ``log_every_n_steps``.
@@ -34,7 +36,7 @@ class PreconditionerMonitor(Callback):
         interval = self.every_n_steps or trainer.log_every_n_steps
         if not interval or trainer.global_step == 0 or trainer.global_step % interval:
             return
-        optimizers = second_order_optimizers(trainer)
+        optimizers = monitored_optimizers(trainer)
         for index, optimizer in enumerate(optimizers):
             middle = f"{index}/" if len(optimizers) > 1 else ""
             figures = {f"{self.prefix}{middle}{name}": value for name, value in optimizer.diagnostics().items()}

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_soo.naming import nearest
 from lightning_soo.optim.base import SecondOrderOptimizer
-from lightning_soo.optim.takeover import METHODS, check_method, take_over
+from lightning_soo.optim.takeover import METHODS, check_method, instead_of, take_over
 
 ENVIRONMENT_VARIABLE = "SOO_CONFIG"
 Source = str | os.PathLike[str] | Mapping[str, Any] | None
@@ -45,7 +45,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"{self.source}: method={self.method!r}{nearest(str(self.method), METHODS)}")
+            raise ValueError(f"{self.source}: method={self.method!r}{instead_of(str(self.method))}")
         if self.monitor is not None and (type(self.monitor) is not int or self.monitor < 1):
             raise ValueError(f"{self.source}: monitor={self.monitor!r}: must be a whole number of at least 1, or None")
         known = option_defaults(self.method)

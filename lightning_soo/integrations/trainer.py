@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader
 
+from lightning_soo.integrations.trainer_evaluation import once_more
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.layered import LayeredOptimizer
+from lightning_soo.optim.trust_region import TrustRegionNewtonCG
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -24,6 +26,15 @@ def second_order_optimizers(trainer: pl.Trainer) -> list[SecondOrderOptimizer]:
         return found
     inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]  # DeepSpeed wraps it
     return [optimizer for optimizer in inner if isinstance(optimizer, SecondOrderOptimizer)]
+
+
+def monitored_optimizers(trainer: pl.Trainer) -> Sequence[SecondOrderOptimizer | TrustRegionNewtonCG]:
+    """Those of the trainer's optimizers that have diagnostics."""
+    return second_order_optimizers(trainer) or trust_region_optimizers(trainer)
+
+
+def trust_region_optimizers(trainer: pl.Trainer) -> list[TrustRegionNewtonCG]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, TrustRegionNewtonCG)]
 
 
 def is_ours(strategy: Any) -> bool:
@@ -56,18 +67,8 @@ def evaluator(trainer: pl.Trainer, batch: Any, index: int) -> Callable[[], Tenso
     runs ``training_step`` on it again, without gradients and without logging."""
 
     def evaluate() -> Tensor:
-        module = trainer.lightning_module
-        module.log = _no_log  # type: ignore[method-assign]
-        try:
-            with torch.no_grad(), trainer.precision_plugin.train_step_context():
-                output = trainer.strategy.training_step(batch, index)
-        finally:
-            del module.log
-        loss = cast(Tensor, output["loss"] if isinstance(output, dict) else output)
-        return loss
+        with torch.no_grad(), trainer.precision_plugin.train_step_context():
+            output = once_more(trainer.lightning_module, trainer.strategy.training_step, batch, index)
+        return cast(Tensor, output["loss"] if isinstance(output, dict) else output)
 
     return evaluate
-
-
-def _no_log(*args: Any, **options: Any) -> None:
-    """What was logged for this batch counts once."""

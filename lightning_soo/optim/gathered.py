@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_soo.optim.objective import Objective
+from lightning_soo.optim.objective import Objective, computing
 from lightning_soo.optim.trust_region_options import TrustRegionOptions
 from lightning_soo.optim.vectors import VectorSpace
 from lightning_soo.placement.adapters import read_layout
@@ -122,7 +122,8 @@ class GatheredOptimizer(torch.optim.Optimizer):
         return [name for _, _, name in group_parameters(self.param_groups, model)]
 
     def gather(self) -> Objective:
-        """Begin a step: from here to its end the model has whole parameters. Collective the first time.
+        """Begin a step, or go on with one: from here to its end the model has whole parameters. Collective the first
+        time.
 
         Losses that are to be differentiated twice have to be computed after it.
         """
@@ -137,7 +138,24 @@ class GatheredOptimizer(torch.optim.Optimizer):
                 curvature=self.options.curvature,
                 keep_graphs=self.options.keep_graphs,
             )
+        elif self._stack is None:
+            self._gather_again(self._objective)
         return self._objective
+
+    def pause(self) -> None:
+        """Between two micro-batches of one step: what was collected is kept, and the engine holds what it held before,
+        so that the model can be validated and saved. :meth:`gather` goes on. Local."""
+        if self._objective is None or not self._objective.evaluations:
+            self.abandon()
+            return
+        stack, self._stack = self._stack, None
+        if stack is None:
+            return
+        assert self._layout is not None
+        if self._layout.engine != "dense":
+            self._objective.forget_graphs()  # of parameters that are freed
+        self._objective.parameters = []
+        stack.close()
 
     def _gather_again(self, objective: Objective) -> None:
         """Go on with what an earlier step has collected."""
@@ -153,6 +171,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
         self._before = self._space.read()
         self._stack = ExitStack()
         try:
+            self._stack.enter_context(computing())
             gathered = self._stack.enter_context(self._layout.gathered(model))
             return self._space.parameters(gathered), list(model.buffers()) if model is not None else []
         except BaseException:
@@ -160,19 +179,24 @@ class GatheredOptimizer(torch.optim.Optimizer):
             raise
 
     def abandon(self) -> None:
-        """End a step that has begun without taking it: the parameters are as before, what was collected is dropped."""
+        """End a step that has begun without taking it: the parameters are as before, what was collected is dropped.
+        Local, since it may be one rank alone that has failed."""
         if self._stack is not None:
-            self._release(self._before)
+            self._close(self._before)
+        self._objective = None
 
     def _release(self, parameters: Tensor) -> None:
-        """End the step: every engine holds what it held before, with these values (a local vector)."""
+        """End the step: every engine holds what it held before, with these values (a local vector). Collective."""
+        self._close(parameters)
+        self._share_buffers()
+
+    def _close(self, parameters: Tensor) -> None:
         stack, self._stack = self._stack, None
         self._objective = None
         assert stack is not None and self._space is not None
         stack.close()
         self._space.write(parameters)
         self._before = torch.empty(0)
-        self._share_buffers()
 
     def _share_buffers(self) -> None:
         """Under DDP every rank goes on with rank 0's buffers, as DDP's own forward pass would have seen to."""

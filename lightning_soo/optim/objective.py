@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ class Evaluation:
         weight: of its loss in the mean, such as its number of examples.
         state: random numbers of its first evaluation.
         graph: of its loss and gradient, while it is kept.
+        divided: from some of its examples to a closure of their loss; its weight is then their number.
     """
 
     closure: Closure
     weight: float
     state: RandomState
     graph: CurvatureGraph | None = None
+    divided: Callable[[Sequence[int]], Closure] | None = None
 
 
 class Objective:
@@ -82,16 +85,23 @@ class Objective:
         """
         self.release_graphs()
         state = RandomState.capture(self._space.device)
-        with torch.enable_grad(), computing():
+        with torch.enable_grad():
             result = closure()
         return self.add_evaluated(result, state, closure, weight, keep_graph=keep_graph)
 
     def add_evaluated(
-        self, result: Any, state: RandomState, closure: Closure, weight: float, *, keep_graph: bool
+        self,
+        result: Any,
+        state: RandomState,
+        closure: Closure,
+        weight: float,
+        *,
+        keep_graph: bool,
+        divided: Callable[[Sequence[int]], Closure] | None = None,
     ) -> Tensor:
         """As :meth:`add`, for a result with its graph that was computed since ``state``."""
         loss, outputs = unpack(result, self._curvature)
-        evaluation = Evaluation(closure, weight, state)
+        evaluation = Evaluation(closure, weight, state, divided=divided)
         if keep_graph and (self._keep_graphs or (self._keep_graphs is None and not self.evaluations)):
             evaluation.graph = CurvatureGraph(loss, outputs, self.parameters, self._curvature)
             gradient = evaluation.graph.gradient
@@ -108,13 +118,34 @@ class Objective:
     def release_graphs(self) -> None:
         """Before another micro-batch is evaluated: graphs are kept for one alone, unless all are asked for."""
         if self._keep_graphs is None:
-            for evaluation in self.evaluations:
-                evaluation.graph = None
+            self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Products build them again."""
+        for evaluation in (*self.evaluations, *(self._sample or ())):
+            evaluation.graph = None
 
     def take_products_over(self, sample: Sequence[tuple[Closure, float]]) -> None:
         """Let the curvature be that of these weighted micro-batches, instead of all that were added."""
         state = RandomState.capture(self._space.device)
         self._sample = [Evaluation(closure, weight, state) for closure, weight in sample]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether every micro-batch is one of examples that can be taken apart."""
+        return all(evaluation.divided is not None for evaluation in self.evaluations)
+
+    def take_products_over_examples(self, choose: Callable[[int], Sequence[int]]) -> None:
+        """Let the curvature be that of some of the micro-batches' examples: ``choose`` is given their number."""
+        edges = [0, *accumulate(int(evaluation.weight) for evaluation in self.evaluations)]
+        chosen = choose(edges[-1])
+        sample: list[tuple[Closure, float]] = []
+        for evaluation, (start, stop) in zip(self.evaluations, pairwise(edges), strict=True):
+            examples = [index - start for index in chosen if start <= index < stop]
+            assert evaluation.divided is not None
+            if examples:
+                sample.append((evaluation.divided(examples), float(len(examples))))
+        self.take_products_over(sample)
 
     def choose(self, numbers: Sequence[int]) -> None:
         """Let the curvature be that of some of the micro-batches that were added."""
@@ -152,14 +183,13 @@ class Objective:
         return self._space.sum(total).div_(self._sample_weight)
 
     def _build(self, evaluation: Evaluation) -> CurvatureGraph:
-        with repeating(evaluation.state, self._buffers), torch.enable_grad(), computing():
+        with repeating(evaluation.state, self._buffers), torch.enable_grad():
             loss, outputs = unpack(evaluation.closure(), self._curvature)
             return CurvatureGraph(loss, outputs, self.parameters, self._curvature)
 
     def move(self, parameters: Tensor) -> None:
         """Give the model other parameters, a local vector: graphs of the old ones are void. Collective."""
-        for evaluation in (*self.evaluations, *(self._sample or ())):
-            evaluation.graph = None
+        self.forget_graphs()
         with torch.no_grad():
             for parameter, value in zip(
                 self.parameters, self._space.views(self._space.gather(parameters)), strict=True
@@ -172,7 +202,7 @@ class Objective:
         total = 0.0
         with torch.no_grad():
             for evaluation in self.evaluations:
-                with repeating(evaluation.state, self._buffers), computing():
+                with repeating(evaluation.state, self._buffers):
                     value, _ = unpack(evaluation.closure(), "hessian")
                 total += evaluation.weight * float(value)
                 self._passes += evaluation.weight

@@ -50,7 +50,7 @@ def take_over(
     if isinstance(optimizer, SecondOrderOptimizer):
         return optimizer
     if method not in METHODS:
-        raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+        raise ValueError(f"method={method!r}{instead_of(method)}")
     kind = type(optimizer)
     if kind not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         raise TypeError(
@@ -114,8 +114,19 @@ def check_method(method: str | None, options: Mapping[str, Any]) -> None:
             raise ValueError(f"method=None takes nothing over and has no options, got {', '.join(options)}")
         return
     if method not in METHODS:
-        raise ValueError(f"method={method!r}{nearest(method, METHODS)}")
+        raise ValueError(f"method={method!r}{instead_of(method)}")
     METHODS[method]([nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+def instead_of(method: str) -> str:
+    """What to say after an unknown method's name."""
+    if "trust" in method.lower() or "newton" in method.lower():
+        return (
+            ": trust-region Newton-CG takes no AdamW's settings over (it has no learning rate, and evaluates the loss "
+            "itself). Use lightning_soo.callbacks.TrustRegion with a Trainer, or construct "
+            "lightning_soo.TrustRegionNewtonCG in a loop of your own"
+        )
+    return nearest(method, METHODS)
 
 
 def find_optimizers(configured: Any) -> Iterable[torch.optim.Optimizer]:

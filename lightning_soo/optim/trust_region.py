@@ -166,17 +166,30 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             self.abandon()
             raise
 
-    def collect_evaluated(self, result: Any, state: RandomState, closure: Closure, weight: float = 1.0) -> Tensor:
+    def collect_evaluated(
+        self,
+        result: Any,
+        state: RandomState,
+        closure: Closure,
+        weight: float = 1.0,
+        divided: Callable[[Sequence[int]], Closure] | None = None,
+    ) -> Tensor:
         """As :meth:`collect`, for a front door that has evaluated the micro-batch since :meth:`gather`.
 
         Args:
             result: what the closure would return.
             state: random numbers before that evaluation.
+            divided: for ``hessian_fraction`` of every micro-batch's examples: from the positions of some of them to a
+                closure of their loss. ``weight`` is then their number.
         """
         _check_weight(weight)
         self._rejected = None
         keep = self.options.hessian_fraction == 1
-        return self.gather().add_evaluated(result, state, closure, weight, keep_graph=keep)
+        try:
+            return self.gather().add_evaluated(result, state, closure, weight, keep_graph=keep, divided=divided)
+        except BaseException:
+            self.abandon()
+            raise
 
     def step_on(self, loss_of: Callable[[Any], Any], batch: Any, micro_batches: int = 1) -> Tensor | None:
         """One step on one batch, which is divided as it takes: into micro-batches, and for ``hessian_fraction``.
@@ -228,7 +241,10 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             FloatingPointError: a loss or gradient that is not finite, with ``nonfinite="raise"``.
             RuntimeError: an operation of the model without a second derivative.
         """
-        if self.closure_collects and closure is not None:
+        if self.closure_collects:
+            if closure is None:  # no step: see below
+                self._nothing_collected()
+                return None
             assert callable(closure)
             closure()
             closure = None
@@ -240,7 +256,11 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         if self._objective is None:
             self._nothing_collected()
             return None
-        return self._step([(one, 1.0) for one in _listed(hessian_closure)] or None)
+        self.gather()
+        loss = self._step([(one, 1.0) for one in _listed(hessian_closure)] or None)
+        if self.closure_collects:
+            self._rejected = None  # nobody retries: its vectors are freed before the next forward pass
+        return loss
 
     def retry(self) -> Tensor | None:
         """One more iteration on the batch of a step that was rejected, in the smaller region: with its gradient and the
@@ -277,6 +297,8 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         try:
             if sample is not None:
                 objective.take_products_over(sample)
+            elif self.options.hessian_fraction < 1 and objective.divisible:
+                objective.take_products_over_examples(self._choose)
             elif self.options.hessian_fraction < 1:
                 objective.choose(self._choose(len(objective.evaluations)))
             iteration = self._begin()
@@ -309,12 +331,15 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         if self.skipped_steps == 1:
             warnings.warn(f"{reason}: step skipped, nothing changed (said once)", stacklevel=4)
         self.abandon()
+        self._share_buffers()
         return torch.tensor(loss)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's: radius and counters are in the groups."""
         super().load_state_dict(state_dict)
         self._rejected = None
+        if self._layout is not None:
+            self._prepare_state()  # FSDP1 saves none for parameters of which a rank holds nothing
 
     def diagnostics(self) -> dict[str, float]:
         """Figures for a logger, equal on all ranks; empty before the first step."""

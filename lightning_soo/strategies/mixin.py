@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 from lightning_soo.integrations.trainer import data_workers, say_accumulation, say_batch
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
 
@@ -88,6 +89,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         """Convert them in place; what a callback or the user has converted already stays as it is."""
         if self.method is not None:
             for optimizer in find_optimizers(optimizers):
+                if isinstance(optimizer, GatheredOptimizer):
+                    continue  # no AdamW's place to take, and its callback attaches it
                 take_over(optimizer, self.method, dict(self.options), self.lightning_module)
         self.second_order_optimizers = [one for one in optimizers if isinstance(one, SecondOrderOptimizer)]
 

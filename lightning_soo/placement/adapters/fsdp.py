@@ -104,15 +104,18 @@ def _gathered(model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
-        for wrapper in wrappers:
-            wrapper.forward = wrapper.module.__call__  # type: ignore[method-assign]
-        try:
-            yield {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-        finally:
+    try:
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
             for wrapper in wrappers:
-                del wrapper.forward
+                wrapper.forward = wrapper.module.__call__  # type: ignore[method-assign]
+            try:
+                yield {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+            finally:
+                for wrapper in wrappers:
+                    del wrapper.forward
+    finally:
+        _reshard(model)  # also what an evaluation before it had left gathered, which has trial values now
 
 
 def _reshard(model: nn.Module) -> None:
