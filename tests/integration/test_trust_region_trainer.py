@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker_trust_region
+import worker_trust_region_accelerate
 from worker_trust_region import CASES, EPOCHS, GLOBAL_BATCH, OPTIONS, ROWS, Batches, Model, fit, make_data, weights
 
 from lightning_soo import TrustRegionNewtonCG, load_config
@@ -159,6 +160,19 @@ def test_resumed_in_the_middle_of_an_epoch_is_bitwise(tmp_path: Path) -> None:
     assert again[0].optimizers[0].param_groups[0]["radius"] == whole[0].optimizers[0].param_groups[0]["radius"]
 
 
+def test_accelerate_equals_a_plain_loop(tmp_path: Path) -> None:
+    """``optimizer.step(closure)`` of what ``accelerator.prepare`` returned: in this process, and in two of DDP."""
+    pytest.importorskip("accelerate")
+    from accelerate_launching import LAUNCH, launch
+
+    expected = plain_loop({}, [1] * EPOCHS)[0].state_dict()
+    assert_equal(worker_trust_region_accelerate.main(), expected)
+    run = launch(LAUNCH / "ddp_cpu.yaml", worker_trust_region_accelerate.__file__, tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for rank in range(2):
+        assert_equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), expected)
+
+
 class Memory(Logger):
     """Keeps what it is given."""
 
@@ -222,7 +236,8 @@ def test_after_an_exception_everything_is_as_before(tmp_path: Path, interrupted:
     assert not {"training_step", "backward", "configure_optimizers", "log"} & vars(model).keys()
     x, y = make_data().tensors
     expected = Model()
-    TrustRegionNewtonCG(expected.net, **OPTIONS).step_on(lambda b: expected.loss(b)["loss"], (x[:24], y[:24]))
+    step = slice(0, 3 * GLOBAL_BATCH)
+    TrustRegionNewtonCG(expected.net, **OPTIONS).step_on(lambda b: expected.loss(b)["loss"], (x[step], y[step]))
     assert_equal(model.state_dict(), expected.state_dict())
 
 
@@ -237,7 +252,7 @@ def test_batches_that_are_skipped(tmp_path: Path) -> None:
     x, y = make_data().tensors
     expected = Model()
     optimizer = TrustRegionNewtonCG(expected.net, **OPTIONS)
-    for part in (slice(0, 8), slice(32, 48)):
+    for part in (slice(0, GLOBAL_BATCH), slice(4 * GLOBAL_BATCH, 6 * GLOBAL_BATCH)):
         optimizer.step_on(lambda b: expected.loss(b)["loss"], (x[part], y[part]))
     assert_equal(weights(*found), expected.state_dict())
 
@@ -290,7 +305,7 @@ def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
     refused("net.0 is compiled", TypeError, _compiled_in_place())
     batches = Batches([{"pair": batch, "weights": torch.ones(3)} for batch in DataLoader(make_data(), GLOBAL_BATCH)])
     part = {"hessian_fraction": 0.5}
-    refused(r"first dimensions are \[3, 8\] cannot be divided", model=Undivided(), loader=batches, options=part)
+    refused(r"first dimensions are \[3, 16\] cannot be divided", model=Undivided(), loader=batches, options=part)
     for setting, words in (
         ({"strategy": SecondOrderDeepSpeedStrategy(stage=1)}, "cannot train under SecondOrderDeepSpeedStrategy"),
         ({"callbacks": [BatchSizeFinder()]}, "does not go with BatchSizeFinder"),

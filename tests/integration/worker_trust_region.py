@@ -26,7 +26,7 @@ from lightning_soo.strategies import SecondOrderFSDPStrategy
 from lightning_soo.strategies.fsdp_precision import SecondOrderFSDPPrecision
 from lightning_soo.strategies.sharding import start_alike
 
-ROWS, GLOBAL_BATCH, EPOCHS = 48, 8, 2
+ROWS, GLOBAL_BATCH, EPOCHS = 96, 16, 2
 OPTIONS: dict[str, Any] = {"radius": 0.5, "max_radius": 1.0, "max_cg_iterations": 8}
 # options, accumulation; validated after every batch, in the middle of an accumulation too
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -196,7 +196,8 @@ def resumed(out: Path, engine: str) -> None:
     expected, found = weights(*whole), weights(*again)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     (other,) = again[0].optimizers
-    assert (other.radius, other.steps, other.propagations) == (optimizer.radius, optimizer.steps, optimizer.propagations)
+    assert (other.radius, other.steps) == (optimizer.radius, optimizer.steps)
+    assert other.propagations == optimizer.propagations
 
 
 def main(engine: str, out: Path) -> None:
