@@ -1,4 +1,4 @@
-"""Write docs/options.md from the docstrings of the four optimizers: ``python docs/write_options.py``."""
+"""Write docs/options.md from the docstrings of the optimizers: ``python docs/write_options.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_soo import WorkerOptions
+from lightning_soo import TrustRegionNewtonCG, WorkerOptions
 from lightning_soo.config import option_defaults
 from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.takeover import METHODS
@@ -23,6 +23,10 @@ AdamW, Adam or SGD is taken over, its learning rate, betas, eps, weight decay an
 
 What other implementations call them: [migration](migration.md). Which to touch: [tuning](tuning.md).
 """
+
+
+TRUST_REGION = """Not a `method`: it takes no AdamW's settings over. The same names are arguments of the callback
+`TrustRegion`: [trust region](trust_region.md)."""
 
 
 def described(docstring: str) -> list[tuple[list[str], str]]:
@@ -61,10 +65,17 @@ def table(kind: type, defaults: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def keyword_defaults() -> dict[str, Any]:
+    """Those of the optimizer that is no method of the configuration."""
+    parameters = inspect.signature(TrustRegionNewtonCG.__init__).parameters
+    return {name: one.default for name, one in parameters.items() if name not in ("self", "params")}
+
+
 def page() -> str:
     lines = [HEAD]
     for method, kind in METHODS.items():
         lines += [f"## {kind.__name__}", "", *table(kind, option_defaults(method))]
+    lines += ["## TrustRegionNewtonCG", "", TRUST_REGION, "", *table(TrustRegionNewtonCG, keyword_defaults())]
     for name, kind in (("workers", WorkerOptions), ("adaptive_damping", AdaptiveDamping)):
         lines += [f"## The fields of `{name}`", "", *table(kind, {f: getattr(kind(), f) for f in vars(kind())})]
     return "\n".join(lines).rstrip() + "\n"
