@@ -13,6 +13,7 @@ import torch
 from launching import torchrun
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,7 +61,7 @@ def plain_loop(
     """One process, and one batch in every step; an entry of ``accumulations`` for each epoch."""
     x, y = make_data().tensors
     model = Model()
-    optimizer = TrustRegionNewtonCG(model.net.parameters(), **{**OPTIONS, **options})
+    optimizer = TrustRegionNewtonCG(model.parameters(), **{**OPTIONS, **options})
     gauss_newton = optimizer.options.curvature == "gauss_newton"
 
     def loss_of(batch: Any) -> Any:
@@ -116,6 +117,34 @@ def test_dropout(tmp_path: Path, accumulate: int) -> None:
     found = fit(tmp_path, "auto", {"retries": 1}, Model(dropout=0.3), accumulate_grad_batches=accumulate)
     assert_equal(weights(*found), model.state_dict())
     assert (weights(*found)["net.0.weight"] - plain_loop({}, [accumulate] * EPOCHS)[0].net[0].weight).abs().max() > 1e-3
+
+
+class Attention(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)).double()
+
+    def loss(self, batch: Any) -> dict[str, Tensor]:
+        outputs = self.net(batch[0].unflatten(0, (-1, 4))).flatten(0, 1)  # four rows are a sequence
+        return {"loss": nn.functional.cross_entropy(outputs, batch[1])}
+
+
+def test_attention_and_averaged_weights(tmp_path: Path) -> None:
+    """Lightning's own pass computes attention by operations with a second derivative too; a callback that swaps
+    weights for validation in the middle of a step changes nothing."""
+    run = {"accumulate_grad_batches": 2, "val_check_interval": 1}
+    found = fit(tmp_path, "auto", {}, Attention(), callbacks=[EMAWeightAveraging(decay=0.5)], **run)
+    x, y = make_data().tensors
+    model = Attention()
+    optimizer = TrustRegionNewtonCG(model, **OPTIONS)
+    average: dict[str, Tensor] = {}
+    for step in list(range(BATCHES // 2)) * EPOCHS:
+        part = slice(step * 2 * GLOBAL_BATCH, (step + 1) * 2 * GLOBAL_BATCH)
+        optimizer.step_on(lambda b: model.loss(b)["loss"], (x[part], y[part]), micro_batches=2)
+        for name, value in model.state_dict().items():
+            average[name] = (average.get(name, value) + value) / 2
+    assert optimizer.param_groups[0]["accepted"] > 0
+    assert_equal(weights(*found), average)
 
 
 @pytest.fixture(scope="module", params=WORLDS)
