@@ -112,6 +112,17 @@ class Batches:
         self.first = state["position"] % len(self.batches)
 
 
+class Saving(L.Callback):
+    """A checkpoint in the middle of an accumulation, which must change nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 0 and not trainer.fit_loop.epoch_loop.batch_idx:
+            trainer.save_checkpoint(self.folder / "batch.ckpt")
+
+
 def make_data() -> TensorDataset:
     x = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return TensorDataset(x, x[:, :3].argmax(1))
@@ -206,7 +217,8 @@ def main(engine: str, out: Path) -> None:
     for name, (options, accumulation) in CASES.items():
         model = Sharded(int(os.environ["RANK"])) if engine == "stock" else None
         run = {"accumulate_grad_batches": accumulation, "val_check_interval": 1}
-        results[name] = weights(*fit(out, make_strategy(engine), options, model, **run))
+        saving = [Saving(out / name)] if accumulation > 1 else []
+        results[name] = weights(*fit(out, make_strategy(engine), options, model, callbacks=saving, **run))
     torch.save(results, out / f"results{dist.get_rank()}.pt")
     resumed(out, engine)
 
