@@ -25,9 +25,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
-import worker_trust_region
 import worker_trust_region_accelerate
-from worker_trust_region import CASES, EPOCHS, GLOBAL_BATCH, OPTIONS, ROWS, Batches, Model, fit, make_data, weights
+import worker_trust_region_trainer
+from worker_trust_region_trainer import (
+    CASES,
+    EPOCHS,
+    GLOBAL_BATCH,
+    OPTIONS,
+    ROWS,
+    Batches,
+    Model,
+    fit,
+    make_data,
+    weights,
+)
 
 from lightning_soo import TrustRegionNewtonCG, load_config
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder, TrustRegion
@@ -152,7 +163,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What the ranks of an engine wrote; they are started once, and check by themselves that a run resumes bitwise."""
     out = tmp_path_factory.mktemp(request.param)
     ranks = WORLDS[request.param]
-    torchrun(worker_trust_region.__file__, ranks, request.param, out)
+    torchrun(worker_trust_region_trainer.__file__, ranks, request.param, out)
     return ranks, [torch.load(out / f"results{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

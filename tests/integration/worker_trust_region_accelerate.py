@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from launching import leave
 from torch import Tensor
-from worker_trust_region import EPOCHS, GLOBAL_BATCH, OPTIONS, ROWS, Model, make_data
+from worker_trust_region_trainer import EPOCHS, GLOBAL_BATCH, OPTIONS, ROWS, Model, make_data
 
 from lightning_soo import TrustRegionNewtonCG
 from lightning_soo.integrations import cpu
