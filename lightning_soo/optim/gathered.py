@@ -16,7 +16,7 @@ from lightning_soo.optim.vectors import VectorSpace
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.layout import FragmentTable, Layout
-from lightning_soo.transport import Transport, agree
+from lightning_soo.transport import Transport, agree, entries_of
 
 
 class GatheredOptimizer(torch.optim.Optimizer):
@@ -93,10 +93,14 @@ class GatheredOptimizer(torch.optim.Optimizer):
             error = raised
         specs = layout.specs if layout is not None else ()
         sections = {
-            "the configuration": repr(self._agreed_options()),
+            "the configuration": entries_of(self.options),
             "the engine": layout.engine if layout is not None else "",
-            "the list of parameters": str([(spec.name, spec.shape, spec.dtype) for spec in specs]),
-            "which parameters are frozen": str([spec.requires_grad for spec in specs]),
+            "the list of parameters": [
+                f"parameter {spec.name!r} of shape {spec.shape}, {spec.dtype}" for spec in specs
+            ],
+            "which parameters are frozen": [
+                f"parameter {spec.name!r} with requires_grad={spec.requires_grad}" for spec in specs
+            ],
         }
         agree(transport, sections, error)
         assert layout is not None
@@ -106,9 +110,6 @@ class GatheredOptimizer(torch.optim.Optimizer):
         self._layout = layout
         self._signature = self._current_signature()
         self._prepare_state()
-
-    def _agreed_options(self) -> object:
-        return self.options
 
     def _prepare_state(self) -> None:
         """For optimizers that keep vectors between steps."""

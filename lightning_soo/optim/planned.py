@@ -30,7 +30,7 @@ from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.workers import Machine, make_executor
-from lightning_soo.transport import Transport, agree
+from lightning_soo.transport import Transport, agree, entries_of
 
 
 class PlannedOptimizer(torch.optim.Optimizer):
@@ -133,10 +133,14 @@ class PlannedOptimizer(torch.optim.Optimizer):
             error = raised
         specs = layout.specs if layout is not None else ()
         sections = {
-            "the configuration": f"{self.method}: {self.options!r}",
+            "the configuration": [f"method={self.method!r}", *entries_of(self.options)],
             "the engine": layout.engine if layout is not None else "",
-            "the list of parameters": str([(spec.name, spec.shape, spec.dtype, spec.part) for spec in specs]),
-            "which parameters are frozen": str([spec.requires_grad for spec in specs]),
+            "the list of parameters": [
+                f"parameter {spec.name!r} of shape {spec.shape}, {spec.dtype}, part {spec.part}" for spec in specs
+            ],
+            "which parameters are frozen": [
+                f"parameter {spec.name!r} with requires_grad={spec.requires_grad}" for spec in specs
+            ],
         }
         agree(transport, sections, error)
         assert layout is not None

@@ -1,6 +1,6 @@
 """Collectives, and nothing else."""
 
-from lightning_soo.transport.agreement import AgreementError, agree
+from lightning_soo.transport.agreement import AgreementError, agree, entries_of
 from lightning_soo.transport.process_group import (
     Arriving,
     Pending,
@@ -17,6 +17,7 @@ __all__ = [
     "Pending",
     "Transport",
     "agree",
+    "entries_of",
     "pack_bytes",
     "share_object",
     "template_size",

@@ -7,45 +7,78 @@ exchanged first, and a rank whose own preparation failed says so here instead of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
 
 from lightning_soo.transport.process_group import Transport
+
+_SHOWN = 200  # characters of an entry in a message
 
 
 class AgreementError(RuntimeError):
     """Ranks differ, or one failed; raised on every rank."""
 
 
-def agree(transport: Transport, sections: Mapping[str, str], error: BaseException | None = None) -> None:
+def agree(
+    transport: Transport, sections: Mapping[str, str | Sequence[str]], error: BaseException | None = None
+) -> None:
     """Compare sections over all ranks.
 
     Args:
-        sections: name -> text that must be the same everywhere; the same names in the same order on every rank.
-        error: what went wrong on this rank while preparing; its text replaces every section.
+        sections: name -> what must be the same everywhere, as a text or as a list of entries; the same names in the
+            same order on every rank.
+        error: what went wrong on this rank while preparing; it takes the place of every section.
 
     Raises:
-        AgreementError: names the first differing section and the ranks, or the ranks that failed.
+        AgreementError: names the first differing section, its first differing entry, the ranks, and what this entry is
+            on one of them and on rank 0; or the ranks that failed.
     """
     if transport.size == 1:
         if error is not None:
             raise error
         return
+    listed = {name: [value] if isinstance(value, str) else list(value) for name, value in sections.items()}
     row = [int(error is not None)]
-    row += [_hash(text) for text in sections.values()] if error is None else [0] * len(sections)
+    row += [_hash("\n".join(entries)) for entries in listed.values()] if error is None else [0] * len(listed)
     rows = transport.all_gather_integers(row)
     failed = [rank for rank, other in enumerate(rows) if other[0]]
     if failed:
         if error is not None:
             raise error
         raise AgreementError(f"rank {failed} could not prepare its plan; that rank's own error says why")
-    for index, name in enumerate(sections, start=1):
-        reference = rows[0][index]
-        differing = [rank for rank, other in enumerate(rows) if other[index] != reference]
+    for index, (name, entries) in enumerate(listed.items(), start=1):
+        differing = [rank for rank, other in enumerate(rows) if other[index] != rows[0][index]]
         if differing:
-            raise AgreementError(
-                f"{name} of rank {differing} differs from rank 0's; here (rank {transport.rank}) it is "
-                f"{sections[name][:400]}"
-            )
+            difference = _first_difference(transport, entries, differing[0])
+            raise AgreementError(f"{name} of rank {differing} differs from rank 0's: {difference}")
+
+
+def entries_of(options: Any) -> list[str]:
+    """A dataclass of options as entries, one for each field, so that a difference is named by the field."""
+    if not is_dataclass(options):
+        return [repr(options)]
+    return [f"{entry.name}={_text(getattr(options, entry.name))}" for entry in fields(options)]
+
+
+def _text(value: Any) -> str:
+    """The same on every rank: a function's repr has its address."""
+    return str(getattr(value, "__qualname__", type(value).__name__)) if callable(value) else repr(value)
+
+
+def _first_difference(transport: Transport, entries: Sequence[str], other: int) -> str:
+    """The first entry in which a rank differs from rank 0; every rank gets both. Collective."""
+    own = "\0".join(entries) if transport.rank in (0, other) else ""
+    data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+    received = [bytes(part.tolist()).decode() for part in transport.gather_bytes(data, None)]
+    first, theirs = (received[rank].split("\0") for rank in (0, other))
+    for here, there in zip_longest(first, theirs, fillvalue="nothing"):
+        if here != there:
+            return f"{there[:_SHOWN]} on rank {other}, {here[:_SHOWN]} on rank 0"
+    return "they hash differently"
 
 
 def _hash(text: str) -> int:

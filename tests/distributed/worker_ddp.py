@@ -83,9 +83,19 @@ def main(out: Path) -> None:
         try:
             different.attach()
         except AgreementError as error:
-            assert "configuration" in str(error)
+            others = str(list(range(1, size)))
+            expected = f"the configuration of rank {others} differs from rank 0's: refresh_delay=1 on rank 1, "
+            assert f"{expected}refresh_delay=0 on rank 0" in str(error), error
         else:
             raise AssertionError("a configuration that differs was accepted")
+        wider = nn.Sequential(nn.Linear(4, 4 + rank // (size - 1)), nn.Linear(4, 2))
+        try:
+            make_optimizer(wider).attach()
+        except AgreementError as error:
+            assert f"'0.weight' of shape (5, 4), torch.float32, part 0 on rank {size - 1}" in str(error), error
+            assert "'0.weight' of shape (4, 4), torch.float32, part 0 on rank 0" in str(error), error
+        else:
+            raise AssertionError("a parameter of another shape was accepted")
     optimizer.close()
     resumed.close()
     leave()
