@@ -6,6 +6,8 @@ than a minimum and a maximum.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,8 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     """Largest absolute element as a float64 scalar; Inf where any element is NaN or infinite."""
     smallest, largest = torch.aminmax(tensor)
     return torch.maximum(-smallest, largest).to(torch.float64).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def power_of_two_scale(peak: float) -> float:
+    """The power of two that brings a magnitude near 1, as far as float32 has one: a denormal's would be infinite."""
+    return 2.0 ** min(-math.frexp(peak)[1], 126)

@@ -142,14 +142,17 @@ class Refresher:
         self._finish_gather()
         self.background.close()
         self.in_flight = [
-            InFlight(
-                key=row["key"],
-                started=row["started"],
-                swap=row["swap"],
-                delivered=Outcome(**{"ok": row["outcome"]["roots"] is not None, **row["outcome"]}),
-            )
+            InFlight(key=row["key"], started=row["started"], swap=row["swap"], delivered=self._delivered(row))
             for row in rows
         ]
+
+    def _delivered(self, row: Mapping[str, Any]) -> Outcome:
+        """A checkpoint's result, as a worker of this run would have given it: on the host, in this run's dtype."""
+        outcome = row["outcome"]
+        roots, dtype = outcome["roots"], self._layout(row["key"])[1]
+        if roots is not None:
+            roots = [root.to(device="cpu", dtype=dtype) for root in roots]
+        return Outcome(**{"ok": roots is not None, **outcome, "roots": roots})
 
     def hand_over(self, other: Refresher) -> None:
         """Give another refresher what is in flight: the plan was built anew, the executor stays."""

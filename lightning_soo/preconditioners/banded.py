@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.linalg import banded
+from lightning_soo.linalg.norms import power_of_two_scale
 
 # Outside this range squares of float32 gradients start to overflow or to vanish, and statistics are kept scaled.
 _SMALLEST, _LARGEST = 1e-10, 1e12
@@ -73,7 +74,7 @@ class BandedStatistics:
         """Keep ``scale * gradient`` where its square fits float32; :meth:`observe` does it."""
         self.peak = max(self.peak * math.sqrt(decay), magnitude)
         if self.peak > 0.0 and not _SMALLEST <= self.peak * self.scale <= _LARGEST:
-            scale = 2.0 ** -math.frexp(self.peak)[1]
+            scale = power_of_two_scale(self.peak)
             # two exact steps: the square of the ratio may not fit the dtype
             self.bands.mul_(scale / self.scale).mul_(scale / self.scale)
             self.scale = scale

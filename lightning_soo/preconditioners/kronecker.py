@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_soo.linalg.norms import power_of_two_scale
 from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.refresh.jobs import Job, JobResult
 
@@ -51,7 +52,7 @@ class KroneckerStatistics:
         """
         self.peak = max(self.peak * math.sqrt(decay), magnitude)
         if not _SMALLEST <= self.peak * self.scale <= _LARGEST:
-            scale = 2.0 ** -math.frexp(self.peak)[1]
+            scale = power_of_two_scale(self.peak)
             for matrix in self.matrices:  # two exact steps: the square of the ratio may not fit the dtype
                 matrix.mul_(scale / self.scale).mul_(scale / self.scale)
             self.scale = scale

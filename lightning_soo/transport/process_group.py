@@ -117,7 +117,9 @@ class Transport:
         buffers, handles = [], []
         for rank, size in enumerate(sizes):
             if size and rank == self.rank:
-                assert own is not None and own.numel() == size
+                if own is None or own.numel() != size:
+                    found = 0 if own is None else own.numel()
+                    raise ValueError(f"rank {rank} has {found} bytes to send, the plan says {size}")
                 buffer = own.to(self._device)
             else:
                 buffer = torch.empty(size, dtype=torch.uint8, device=self._device)

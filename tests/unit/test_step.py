@@ -107,7 +107,7 @@ def test_a_copy_continues(copied: Any) -> None:
     assert torch.equal(values(net), values(net2))
 
 
-@pytest.mark.parametrize("size", [1e20, 1e-20])
+@pytest.mark.parametrize("size", [1e20, 1e-20, 1e-40])
 def test_extreme_gradients_keep_the_direction(size: float) -> None:
     found = []
     for scale in (1.0, size):

@@ -178,3 +178,36 @@ def test_results_of_before_a_restore_are_dropped(kind: str) -> None:
         optimizer.close()
         found.append(torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]))
     assert torch.equal(*found)
+
+
+def test_a_result_that_was_saved_in_flight_is_used_in_the_dtype_of_the_run_that_loads_it() -> None:
+    """Saved by a run in float64, loaded by one in float32: its roots are rounded when they are swapped in."""
+
+    def make(dtype: torch.dtype) -> tuple[nn.Module, Shampoo]:
+        torch.manual_seed(0)
+        net = nn.Linear(12, 12).to(dtype)
+        options = {"precondition_frequency": 4, "start_preconditioning_step": 2, "refresh_delay": 2}
+        return net, Shampoo(net, **options, workers="inline")
+
+    def run(net: nn.Module, optimizer: Shampoo, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            inputs = torch.randn(4, 12, generator=torch.Generator().manual_seed(step)).to(net.weight.dtype)
+            net(inputs).square().mean().backward()
+            optimizer.step()
+
+    net, optimizer = make(torch.float64)
+    first = 0
+    while not optimizer.diagnostics().get("refreshes_in_flight"):
+        run(net, optimizer, first, first + 1)
+        first += 1
+        assert first < 12
+    other, again = make(torch.float32)
+    other.load_state_dict(net.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(net, optimizer, first, first + 4)
+    run(other, again, first, first + 4)
+    block = next(iter(again._refresher.blocks.values()))
+    assert {root.dtype for root in block.roots} == {torch.float32}
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=1e-4, atol=1e-5)
