@@ -60,8 +60,7 @@ def _quiet(model: nn.Module | None, held: Mapping[str, Tensor]) -> Iterator[Mapp
 
 def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> tuple[Fragment, ParameterSpec]:
     """A parameter that this rank holds completely."""
-    if parameter.is_complex():
-        raise TypeError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are supported")
+    refuse_complex(parameter, name)
     shape = tuple(parameter.shape)
     return (
         Fragment(name=name, shape=shape, start=0, stop=parameter.numel(), tensor=parameter),
@@ -73,6 +72,15 @@ def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> 
             module_classes=classes.get(id(parameter), ()),
         ),
     )
+
+
+def refuse_complex(parameter: Tensor, name: str) -> None:
+    """
+    Raises:
+        TypeError: the parameter is complex.
+    """
+    if parameter.is_complex():
+        raise TypeError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are supported")
 
 
 def _refuse_foreign(parameter: Tensor, name: str, constructed: Collection[int]) -> None:

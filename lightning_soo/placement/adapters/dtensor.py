@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_soo.placement.adapters.dense import whole
+from lightning_soo.placement.adapters.dense import refuse_complex, whole
 from lightning_soo.placement.adapters.names import group_parameters, module_classes
 from lightning_soo.placement.fragments import Fragment, canonical_name
 from lightning_soo.placement.layout import Layout
@@ -35,6 +35,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         if not hasattr(parameter, "placements"):
             fragment, spec = whole(parameter, name, classes)
         else:
+            refuse_complex(parameter, name)
             fragment = _rows(parameter, name)
             dim = _shard_dim(parameter, name)
             mesh = parameter.device_mesh  # type: ignore[attr-defined]
