@@ -113,7 +113,7 @@ def train(monkeypatch: pytest.MonkeyPatch, function: str, steps: int = 40, **opt
         return replace(
             original(self, **given),
             function=f"job_functions:{function}",
-            options={"seconds": 0.03} if function == "slow" else {},
+            options={"seconds": 0.15} if function == "slow" else {},
         )
 
     monkeypatch.setattr(KroneckerStatistics, "root_job", root_job)
