@@ -158,12 +158,14 @@ def test_interrupted_killed_and_resumed(folder: Path, whole: str) -> None:
     while Path(f"/proc/{worker}").exists():  # workers do not outlive a study that was killed
         assert time.monotonic() < limit
         time.sleep(0.05)
+    there = path.read_bytes().count(b"\n")  # on a busy machine its other worker had runs to do before it waited
+    assert done <= there < ROWS
     with path.open("ab") as file:
         file.write(b'{"id": "cut o')  # killed while it wrote
 
     (folder / "hold").unlink()
     output = finish(start(folder, "parts"))
-    assert f"{ROWS} runs ({done} are there)" in output
+    assert f"{ROWS} runs ({there} are there)" in output
     assert path.read_bytes().startswith(kept)
     rows = {row["id"]: without_time(row) for row in rows_of(path)}
     assert len(rows_of(path)) == ROWS
