@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout
 from lightning_soo.optim.objective import Objective, computing
 from lightning_soo.optim.trust_region_options import TrustRegionOptions
 from lightning_soo.optim.vectors import VectorSpace
 from lightning_soo.placement.adapters import read_layout
-from lightning_soo.placement.adapters.names import group_parameters
-from lightning_soo.placement.layout import FragmentTable, Layout
-from lightning_soo.transport import Transport, agree, entries_of
+from lightning_soo.placement.layout import Layout
+from lightning_soo.transport import Transport, entries_of
 
 
 class GatheredOptimizer(torch.optim.Optimizer):
@@ -37,8 +37,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
     def _reset_runtime(self) -> None:
         """What a copy or a pickle does not carry."""
         self._model = None
-        self._engine: str | None = None
-        self._process_group: dist.ProcessGroup | None = None
+        self._ranks = TrainingRanks()
         self._transport = Transport(enabled=False)
         self._layout: Layout | None = None
         self._space = None
@@ -69,58 +68,29 @@ class GatheredOptimizer(torch.optim.Optimizer):
             TypeError: an engine under which there is no second derivative, by name (DeepSpeed's ZeRO), or parameters in
                 half precision.
         """
-        if engine not in (None, "single", "ddp"):
-            raise ValueError(f"engine={engine!r}: choose 'single', or None to read it from the parameters")
         if model is not None:
             self._model = weakref.ref(model)
-            if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-                process_group = model.process_group
-        if process_group is not None and process_group is dist.group.WORLD:
-            process_group = None  # a reference would keep it alive beyond destroy_process_group
-        self._engine = engine or self._engine
-        self._process_group = process_group or self._process_group
-        self._transport = transport = Transport(self._process_group, enabled=self._engine != "single")
-        layout: Layout | None = None
-        error: Exception | None = None
-        try:
-            layout = read_layout(self.param_groups, self._model() if self._model is not None else None)
-            if layout.gathered is None:
-                raise TypeError(
-                    f"{type(self).__name__} cannot train under DeepSpeed's {layout.engine}: its engine gives no second "
-                    "derivative. Use DDP, FSDP1, FSDP2 or HSDP"
-                )
-        except Exception as raised:  # reported on every rank before anyone waits for a collective
-            error = raised
-        specs = layout.specs if layout is not None else ()
-        sections = {
-            "the configuration": entries_of(self.options),
-            "the engine": layout.engine if layout is not None else "",
-            "the list of parameters": [
-                f"parameter {spec.name!r} of shape {spec.shape}, {spec.dtype}" for spec in specs
-            ],
-            "which parameters are frozen": [
-                f"parameter {spec.name!r} with requires_grad={spec.requires_grad}" for spec in specs
-            ],
-        }
-        agree(transport, sections, error)
-        assert layout is not None
-        rows = transport.all_gather_integers(layout.row(transport.rank))
-        table = FragmentTable.from_rows(rows, {spec.name: spec.shape for spec in specs})
+        self._transport = transport = self._ranks.connect(model, engine, process_group)
+        layout, table = agree_on_layout(transport, self._read_layout, entries_of(self.options))
         self._space = VectorSpace(layout, table, transport)
         self._layout = layout
         self._signature = self._current_signature()
         self._prepare_state()
+
+    def _read_layout(self) -> Layout:
+        layout = read_layout(self.param_groups, self._model() if self._model is not None else None)
+        if layout.gathered is None:
+            raise TypeError(
+                f"{type(self).__name__} cannot train under DeepSpeed's {layout.engine}: its engine gives no second "
+                "derivative. Use DDP, FSDP1, FSDP2 or HSDP"
+            )
+        return layout
 
     def _prepare_state(self) -> None:
         """For optimizers that keep vectors between steps."""
 
     def _current_signature(self) -> tuple[object, ...]:
         return tuple((id(p), p.requires_grad) for group in self.param_groups for p in group["params"])
-
-    def parameter_names(self) -> list[str]:
-        """Canonical name of every parameter in order; ``group0.3`` where no name was ever given."""
-        model = self._model() if self._model is not None else None
-        return [name for _, _, name in group_parameters(self.param_groups, model)]
 
     def gather(self) -> Objective:
         """Begin a step, or go on with one: from here to its end the model has whole parameters. Collective the first
@@ -200,10 +170,10 @@ class GatheredOptimizer(torch.optim.Optimizer):
         self._before = torch.empty(0)
 
     def _share_buffers(self) -> None:
-        """Under DDP every rank goes on with rank 0's buffers, as DDP's own forward pass would have seen to."""
-        model = self._model() if self._model is not None else None
-        if isinstance(model, nn.parallel.DistributedDataParallel) and model.broadcast_buffers:
-            for buffer in model.buffers():
+        """Every rank goes on with rank 0's buffers, where the engine's own forward pass would have seen to it."""
+        assert self._layout is not None
+        if self._layout.shared_buffers is not None:
+            for buffer in self._layout.shared_buffers(self._model() if self._model is not None else None):
                 self._transport.share(buffer)
 
     def __getstate__(self) -> dict[str, Any]:

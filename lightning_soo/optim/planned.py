@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
+from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
 from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_group
@@ -58,8 +59,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """What a copy or a pickle does not carry: process groups, threads, the plan built from them."""
         self._model: weakref.ref[nn.Module] | None = None
         self._constructed = set()
-        self._engine: str | None = None
-        self._process_group: dist.ProcessGroup | None = None
+        self._ranks = TrainingRanks()
         self._transport = Transport(enabled=False)
         self._layout: Layout | None = None
         self._plan: Plan | None = None
@@ -100,18 +100,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
             ValueError: nothing to precondition, an override that matches nothing.
             TypeError: a parameter or a feature that no engine here can handle.
         """
-        if engine not in (None, "single", "ddp"):
-            raise ValueError(f"engine={engine!r}: choose 'single', or None to read it from the parameters")
         if model is not None:
             self.remember(model)
-            if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-                process_group = model.process_group
-        if process_group is not None and process_group is dist.group.WORLD:
-            process_group = None  # a reference would keep it alive beyond destroy_process_group
-        self._engine = engine or self._engine
-        self._process_group = process_group or self._process_group
-        self._transport = Transport(self._process_group, enabled=self._engine != "single")
-        layout, table = self._agree_on_layout()
+        self._transport = self._ranks.connect(model, engine, process_group)
+        configuration = [f"method={self.method!r}", *entries_of(self.options)]
+        layout, table = agree_on_layout(self._transport, self._read_layout, configuration)
         plan, error = None, None
         try:
             plan = self._build_plan(layout, table)
@@ -121,31 +114,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         assert plan is not None
         self._install_plan(plan, layout)
         return plan
-
-    def _agree_on_layout(self) -> tuple[Layout, FragmentTable]:
-        """Read this rank's layout and exchange what every rank holds."""
-        transport = self._transport
-        layout: Layout | None = None
-        error: Exception | None = None
-        try:
-            layout = self._read_layout()
-        except Exception as raised:
-            error = raised
-        specs = layout.specs if layout is not None else ()
-        sections = {
-            "the configuration": [f"method={self.method!r}", *entries_of(self.options)],
-            "the engine": layout.engine if layout is not None else "",
-            "the list of parameters": [
-                f"parameter {spec.name!r} of shape {spec.shape}, {spec.dtype}, part {spec.part}" for spec in specs
-            ],
-            "which parameters are frozen": [
-                f"parameter {spec.name!r} with requires_grad={spec.requires_grad}" for spec in specs
-            ],
-        }
-        agree(transport, sections, error)
-        assert layout is not None
-        rows = transport.all_gather_integers(layout.row(transport.rank))
-        return layout, FragmentTable.from_rows(rows, {spec.name: spec.shape for spec in specs})
 
     def _read_layout(self) -> Layout:
         model = self._model() if self._model is not None else None

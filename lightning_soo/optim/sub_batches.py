@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,20 @@ def parts(size: int, count: int) -> list[slice]:
         raise ValueError(f"micro_batches={count}: must be between 1 and the {size} examples of the batch")
     edges = [index * size // count for index in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def closures(loss_of: Callable[[Any], Any], batch: Any, count: int) -> list[tuple[Callable[[], Any], float]]:
+    """A batch's loss in ``count`` parts: a closure for each, and its number of examples.
+
+    Raises:
+        ValueError: a batch that cannot be divided, or fewer examples than parts.
+    """
+    sections = parts(batch_size(batch), count)
+    pieces = [take(batch, section) for section in sections] if count > 1 else [batch]
+    return [
+        (partial(loss_of, piece), float(section.stop - section.start))
+        for piece, section in zip(pieces, sections, strict=True)
+    ]
 
 
 def one_of_each_stratum(size: int, fraction: float, *, seed: int, step: int, rank: int) -> list[int]:

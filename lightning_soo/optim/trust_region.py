@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lightning_soo.optim.objective import Closure
 from lightning_soo.optim.radius_rules import RadiusRule
 from lightning_soo.optim.repetition import RandomState
 from lightning_soo.optim.shampoo import Params
-from lightning_soo.optim.sub_batches import batch_size, one_of_each_stratum, parts, take
+from lightning_soo.optim.sub_batches import batch_size, closures, one_of_each_stratum, take
 from lightning_soo.optim.trust_region_iteration import Iteration, TrustRegionIterations
 from lightning_soo.optim.trust_region_options import Preconditioner, TrustRegionOptions, TrustRegionStep
 
@@ -203,18 +202,11 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             ValueError: a batch that cannot be divided.
         """
         size = batch_size(batch)
-
-        def closures(of: Any, count: int) -> list[tuple[Closure, float]]:
-            sections = parts(batch_size(of), count)
-            pieces = [take(of, section) for section in sections] if count > 1 else [of]
-            weights = [float(section.stop - section.start) for section in sections]
-            return [(partial(loss_of, piece), weight) for piece, weight in zip(pieces, weights, strict=True)]
-
         sample = None
         if self.options.hessian_fraction < 1:
             chosen = self._choose(size)
-            sample = closures(take(batch, chosen), -(-len(chosen) * micro_batches // size))
-        for closure, weight in closures(batch, micro_batches):
+            sample = closures(loss_of, take(batch, chosen), -(-len(chosen) * micro_batches // size))
+        for closure, weight in closures(loss_of, batch, micro_batches):
             self.collect(closure, weight)
         return self._step(sample)
 
@@ -248,10 +240,10 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             assert callable(closure)
             closure()
             closure = None
-        closures = _listed(closure)
-        if weights is not None and len(weights) != len(closures):
-            raise ValueError(f"{len(weights)} weights for {len(closures)} closures")
-        for one, weight in zip(closures, weights or [1.0] * len(closures), strict=True):
+        listed = _listed(closure)
+        if weights is not None and len(weights) != len(listed):
+            raise ValueError(f"{len(weights)} weights for {len(listed)} closures")
+        for one, weight in zip(listed, weights or [1.0] * len(listed), strict=True):
             self.collect(one, weight)
         if self._objective is None:
             self._nothing_collected()
@@ -343,18 +335,9 @@ class TrustRegionNewtonCG(TrustRegionIterations):
 
     def diagnostics(self) -> dict[str, float]:
         """Figures for a logger, equal on all ranks; empty before the first step."""
-        last = self.last
-        if last is None:
+        if self.last is None:
             return {}
-        return {
-            "radius": last.next_radius,
-            "ratio": last.ratio,
-            "accepted": float(last.accepted),
-            "step_norm": last.step_norm,
-            "gradient_norm": last.gradient_norm,
-            "cg_iterations": float(last.cg_iterations),
-            "on_boundary": float(last.on_boundary),
-            "negative_curvature": float(last.negative_curvature),
+        return self.last.figures() | {
             "propagations": self.propagations,
             "skipped_steps": float(self.skipped_steps),
         }

@@ -120,3 +120,16 @@ class TrustRegionStep:
     on_boundary: bool
     negative_curvature: bool
     propagations: float
+
+    def figures(self) -> dict[str, float]:
+        """What a logger is told of it."""
+        return {
+            "radius": self.next_radius,
+            "ratio": self.ratio,
+            "accepted": float(self.accepted),
+            "step_norm": self.step_norm,
+            "gradient_norm": self.gradient_norm,
+            "cg_iterations": float(self.cg_iterations),
+            "on_boundary": float(self.on_boundary),
+            "negative_curvature": float(self.negative_curvature),
+        }

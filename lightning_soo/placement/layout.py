@@ -34,6 +34,7 @@ class Layout:
         forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
         gathered: a context in which the model computes with whole parameters, its own, and no collective of the engine
             runs in its passes: name -> parameter. None for engines that have no such state.
+        shared_buffers: for engines whose forward pass would make a model's buffers those of rank 0: which ones.
     """
 
     engine: str
@@ -48,6 +49,7 @@ class Layout:
     updates_model_later: bool = False
     forget_gathered: Callable[[Any], None] | None = None
     gathered: Callable[[Any], AbstractContextManager[Mapping[str, Tensor]]] | None = None
+    shared_buffers: Callable[[Any], list[Tensor]] | None = None
 
     def row(self, rank: int) -> list[int]:
         """This rank's place and ranges as integers, for the exchange."""

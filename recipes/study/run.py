@@ -147,7 +147,7 @@ def train(study: Study, pool: Pool) -> None:
     size = study.plan.preset
     print(
         f"{study.plan.name}: {total} runs ({done} are there): {len(study.plan.tasks)} tasks, {len(study.plan.methods)} "
-        f"methods, {size.grid} x {size.grid} grids, {len(size.seeds)} seeds of each tuned point",
+        f"methods, {' x '.join(map(str, size.grid))} grids, {len(size.seeds)} seeds of each tuned point",
         flush=True,
     )
     expected, failed = estimate.costs(study.plan, cells, pool, study.given.data_dir)

@@ -76,19 +76,20 @@ def test_rosenbrock_iterate_by_iterate_as_scipy() -> None:
 def test_network_step_by_step_as_scipy(micro_batches: int) -> None:
     """Each step from scipy's own iterate. Weight decay is the golden run's penalty.
 
-    Where the model takes more than 15 products and its smallest eigenvalues are near zero, conjugate gradients amplify
-    rounding: scipy's own iterates move by 3e-5 when its derivatives are rounded differently, with x of order 1.
+    Where the model takes more than 20 products and its smallest eigenvalues are near zero, conjugate gradients amplify
+    rounding: scipy's own iterates move by 3e-5 when its derivatives are rounded differently, with x of order 1. Sums of
+    micro-batches are such derivatives, and show it from 16 products on.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = torch.from_numpy(GOLDEN["mlp/X"]), torch.from_numpy(GOLDEN["mlp/y"])
     optimizer = TrustRegionNewtonCG(model, radius=1.0, preset="scipy", weight_decay=1e-2)
     expected = torch.from_numpy(GOLDEN["mlp/traj"])
-    short = 0
+    short, most = 0, 20 if micro_batches == 1 else 15
     for index, (start, end) in enumerate(pairwise(expected)):
         nn.utils.vector_to_parameters(start.clone(), model.parameters())
         loss = optimizer.step_on(loss_of(model), data, micro_batches)
         assert float(loss) == pytest.approx(GOLDEN["mlp/losses"][index], abs=1e-12)
-        few = optimizer.last.cg_iterations <= 15
+        few = optimizer.last.cg_iterations <= most
         short += few
         assert (flat(model) - end).abs().max() < (1e-8 if few else 1e-3)
     assert short >= 10

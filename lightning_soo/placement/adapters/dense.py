@@ -40,6 +40,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         specs=tuple(specs),
         groups=tuple(numbers),
         gathered=lambda model: _quiet(model, held),
+        shared_buffers=_shared_buffers,
     )
 
 
@@ -56,6 +57,11 @@ def _quiet(model: nn.Module | None, held: Mapping[str, Tensor]) -> Iterator[Mapp
             yield held
     finally:
         model.broadcast_buffers = sends
+
+
+def _shared_buffers(model: nn.Module | None) -> list[Tensor]:
+    sends = isinstance(model, DistributedDataParallel) and model.broadcast_buffers
+    return list(model.buffers()) if model is not None and sends else []
 
 
 def whole(parameter: Tensor, name: str, classes: dict[int, tuple[str, ...]]) -> tuple[Fragment, ParameterSpec]:
