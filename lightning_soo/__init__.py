@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_soo._version import __version__
 
 if TYPE_CHECKING:
+    from lightning_soo.checkpoint.errors import CheckpointError
+    from lightning_soo.checkpoint.report import LoadReport
+    from lightning_soo.checkpoint.store import BackgroundSaver, newest_complete
+    from lightning_soo.checkpoint_folders import load_checkpoint, save_checkpoint
     from lightning_soo.config import Config, from_config, load_config
     from lightning_soo.optim.kfac import KFAC
     from lightning_soo.optim.refreshing import RefreshError
@@ -19,7 +23,10 @@ __all__ = [
     "KFAC",
     "SOAP",
     "AgreementError",
+    "BackgroundSaver",
+    "CheckpointError",
     "Config",
+    "LoadReport",
     "RefreshError",
     "SONew",
     "Shampoo",
@@ -27,11 +34,20 @@ __all__ = [
     "WorkerOptions",
     "__version__",
     "from_config",
+    "load_checkpoint",
     "load_config",
+    "newest_complete",
+    "save_checkpoint",
 ]
 
 # imported when asked for: every Lightning Trainer imports this package by its entry point (autoload)
 _MODULES = {
+    "save_checkpoint": "checkpoint_folders",
+    "newest_complete": "checkpoint.store",
+    "load_checkpoint": "checkpoint_folders",
+    "LoadReport": "checkpoint.report",
+    "CheckpointError": "checkpoint.errors",
+    "BackgroundSaver": "checkpoint.store",
     "AgreementError": "transport.agreement",
     "Config": "config",
     "KFAC": "optim.kfac",

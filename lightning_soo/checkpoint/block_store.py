@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_soo.placement.blocks import ArrayLayout
+from lightning_soo.checkpoint.manifest import FORMAT
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.transport import Transport
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_soo.optim.members import Member
     from lightning_soo.optim.refreshing import Refresher
 
-FORMAT = 1
+_ARRAYS = ("statistics", "roots", "moments")  # of a block; the rest every rank knows
 
 
 class BlockStore:
@@ -87,7 +87,7 @@ class BlockStore:
             name: {
                 key: entry[name] for key, entry in local["blocks"].items() if name in entry and self._sends(key, name)
             }
-            for name in ("statistics", "roots", "moments")
+            for name in _ARRAYS
         }
         mine |= {
             "outcomes": {
@@ -101,7 +101,7 @@ class BlockStore:
             return
         for part in parts:
             theirs = torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True, map_location="cpu")
-            for name in ("statistics", "roots", "moments"):
+            for name in _ARRAYS:
                 for key, value in theirs[name].items():
                     local["blocks"][key][name] = value
             for row in local["in_flight"]:
@@ -109,6 +109,45 @@ class BlockStore:
                 if outcome is not None:
                     row["outcome"] = outcome
         self._consolidated = step, local
+
+    def share(self, step: int) -> dict[str, Any]:
+        """As :meth:`state_dict`, of a checkpoint that all ranks write: each array on one rank alone. Local."""
+        self.drain()
+        local = self._local() if self._refresher is not None else self.state_dict(step, complete=True)
+        if self._refresher is None:
+            return local
+        for key, entry in local["blocks"].items():
+            for name in _ARRAYS:
+                if not self._writes(key, name):
+                    entry.pop(name, None)
+        for row in local["in_flight"]:
+            if self._refresher.places[row["key"]].refresher != self._refresher.rank:
+                row.pop("outcome", None)
+        return {"format": FORMAT, "complete": True, **local}
+
+    def _writes(self, key: str, name: str) -> bool:
+        assert self._refresher is not None
+        place, rank = self._refresher.places[key], self._refresher.rank
+        if name == "statistics":
+            return place.keeper == rank
+        return rank == (place.refresher if place.refresher in place.homes else place.homes[0])
+
+    def needed(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank keeps of the blocks of a checkpoint, before its arrays are read."""
+        assert self._refresher is not None
+        rank, places = self._refresher.rank, self._refresher.places
+        blocks = {}
+        for key, entry in saved["blocks"].items():
+            unwanted = {"roots", "moments"} if rank not in places[key].homes else set()
+            unwanted |= {"statistics"} if rank != places[key].keeper else set()
+            blocks[key] = {name: value for name, value in entry.items() if name not in unwanted}
+        flights = []
+        for row in saved["in_flight"]:
+            outcome = row["outcome"]
+            if rank not in places[row["key"]].homes:
+                outcome = {**outcome, "roots": None}
+            flights.append({**row, "outcome": outcome})
+        return {**saved, "blocks": blocks, "in_flight": flights}
 
     def _sends(self, key: str, name: str) -> bool:
         """Whether this rank is the one that gives a block's statistics or roots to the others."""
@@ -131,45 +170,15 @@ class BlockStore:
         self.drain()
         return {"format": FORMAT, "complete": complete, **self._local()}
 
-    @staticmethod
-    def check(
-        saved: Mapping[str, Any],
-        expected: Mapping[str, tuple[tuple[ArrayLayout, ...], tuple[ArrayLayout, ...]]],
-    ) -> None:
-        """Refuse what does not fit, before anything is changed.
-
-        Args:
-            expected: block key -> arrays of its statistics and of its roots.
-        """
-        if saved["format"] > FORMAT:
-            raise ValueError(f"state of format {saved['format']}; this version reads up to {FORMAT}: update it")
-        if not saved["complete"]:
-            raise ValueError(
-                "state saved on several ranks without consolidate(): the statistics of other ranks' blocks are "
-                "missing. Call optimizer.consolidate() on every rank before state_dict()"
-            )
-        blocks = saved["blocks"]
-        if blocks and set(blocks) != set(expected):
-            missing, foreign = sorted(set(expected) - set(blocks)), sorted(set(blocks) - set(expected))
-            raise ValueError(
-                f"saved blocks differ: {len(missing)} missing (first {missing[:1]}), {len(foreign)} unknown here "
-                f"(first {foreign[:1]}); was max_preconditioner_dim, merge_dims or an override changed?"
-            )
-        for key, entry in blocks.items():
-            saved_arrays = entry.get("statistics", {}).get("matrices"), entry.get("roots")
-            for name, arrays, layouts in zip(("statistics", "roots"), saved_arrays, expected[key], strict=True):
-                found, here = [tuple(array.shape) for array in arrays or ()], [layout.shape for layout in layouts]
-                if arrays is not None and found != here:
-                    raise ValueError(f"block {key}: saved {name} have shapes {found}, here they are {here}")
-
     def load(self, saved: Mapping[str, Any]) -> None:
         """Keep checked state until :meth:`install` hands it to the blocks."""
         self._loaded, self._consolidated = saved, None
 
     def _restore(self, saved: Mapping[str, Any], refresher: Refresher) -> None:
-        for key, entry in saved["blocks"].items():
-            block = self._blocks.get(key)
-            if block is None:
+        for key, block in self._blocks.items():
+            entry = saved["blocks"].get(key)
+            if entry is None:
+                block.restart()
                 continue
             block.weight = float(entry["weight"])
             block.observations = int(entry["observations"])
@@ -177,7 +186,7 @@ class BlockStore:
             block.failures = int(entry["failures"])
             block.diagnostics = dict(entry["diagnostics"])
             has_roots, is_home = "roots" in entry, refresher.rank in refresher.places[key].homes
-            block.ready = has_roots or isinstance(block, EigenbasisBlock)
+            block.ready = bool(entry["ready"])
             block.roots = None
             if isinstance(block, EigenbasisBlock):
                 block.second_moment = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_soo.optim.objective import Objective, computing
 from lightning_soo.optim.trust_region_options import TrustRegionOptions
 from lightning_soo.optim.vectors import VectorSpace
 from lightning_soo.placement.adapters import read_layout
-from lightning_soo.placement.layout import Layout
+from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.transport import Transport, entries_of
 
 
@@ -40,6 +41,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
         self._ranks = TrainingRanks()
         self._transport = Transport(enabled=False)
         self._layout: Layout | None = None
+        self._fragment_table: FragmentTable | None = None
         self._space = None
         self._signature: tuple[object, ...] = ()
         self._stack: ExitStack | None = None
@@ -72,7 +74,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
             self._model = weakref.ref(model)
         self._transport = transport = self._ranks.connect(model, engine, process_group)
         layout, table = agree_on_layout(transport, self._read_layout, entries_of(self.options))
-        self._space = VectorSpace(layout, table, transport)
+        self._space, self._fragment_table = VectorSpace(layout, table, transport), table
         self._layout = layout
         self._signature = self._current_signature()
         self._prepare_state()
@@ -91,6 +93,20 @@ class GatheredOptimizer(torch.optim.Optimizer):
 
     def _current_signature(self) -> tuple[object, ...]:
         return tuple((id(p), p.requires_grad) for group in self.param_groups for p in group["params"])
+
+    # of a checkpoint folder, which goes by names and ranges
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.param_groups
+
+    def _counters(self, name: str) -> dict[str, float]:
+        return {}
+
+    def _take_counter(self, name: str, counter: str, value: float) -> bool:
+        return False
+
+    def _has_taken(self, blocks: Mapping[str, Any] | None) -> None:
+        self._prepare_state()
 
     def gather(self) -> Objective:
         """Begin a step, or go on with one: from here to its end the model has whole parameters. Collective the first

@@ -224,10 +224,10 @@ class LayeredOptimizer(LayerDirections):
         of_engine = self._layout.loss_divisor() if self._layout.loss_divisor is not None else 1.0
         return of_engine * self._micro_batches / float(self._scaler.get_scale() if self._scaler is not None else 1.0)
 
-    def blocks_state_dict(self) -> dict[str, Any]:
+    def _about_blocks(self) -> dict[str, Any]:
         """As of every optimizer here, with the damping and what bounds the next step where an engine steps in parts."""
         self._settle()
-        return {**super().blocks_state_dict(), "damping": self._damping, "last_total": self._last_total}
+        return {**super()._about_blocks(), "damping": self._damping, "last_total": self._last_total}
 
     def _load_checked(self, saved: Mapping[str, Any]) -> None:
         self._settle()

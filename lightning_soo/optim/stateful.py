@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from lightning_soo.checkpoint.errors import CheckpointError
+from lightning_soo.checkpoint.report import LoadReport, compare_parameters
+from lightning_soo.optim.fitting import fitting_blocks
 from lightning_soo.optim.planned import PlannedOptimizer
+from lightning_soo.optim.torch_states import adopted, by_position, parameter_names_of, shapes_in
+from lightning_soo.placement.layout import FragmentTable
+
+logger = logging.getLogger(__name__)
 
 
 class StatefulOptimizer(PlannedOptimizer):
@@ -39,45 +47,84 @@ class StatefulOptimizer(PlannedOptimizer):
         state["second_order"] = self.blocks_state_dict()
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], *, strict: bool = True, adopt: bool | None = None
+    ) -> LoadReport:
         """Load what :meth:`state_dict` gave, saved at any number of ranks. Checked first: on an error nothing changed.
 
+        Args:
+            strict: False takes what fits, by name and shape, and reports the rest.
+            adopt: whether the state of a torch optimizer (AdamW, SGD) is taken too: its moments go on, preconditioners
+                start anew. None is the attribute ``adopts``, which front doors set.
+
+        Returns:
+            What was taken, what starts anew and why.
+
         Raises:
-            ValueError: another optimizer's state, an incomplete one, other parameters or other blocks.
+            CheckpointError: another optimizer's state without ``adopt``, an incomplete one, other parameters or blocks.
         """
+        report = LoadReport()
         saved = state_dict.get("second_order")
         if saved is None and self.is_sharded:
             # engines that shard the state pass torch's part alone; the blocks come by load_blocks
             self._load_torch(state_dict)
             self._awaits_blocks = self._has_moved() and not self._has_loaded_blocks
-            return
+            if self._awaits_blocks and (self.adopts if adopt is None else adopt):
+                self.restart_blocks()
+            return report
+        if saved is None and (self.adopts if adopt is None else adopt):
+            self._load_torch(adopted(self, state_dict, report))
+            self._awaits_blocks = False
+            logger.info("a torch optimizer's state was taken over:\n%s", report)
+            return report
         if not isinstance(saved, Mapping):
-            raise ValueError(
+            raise CheckpointError(
                 f"this is not a state of {type(self).__name__}: the key 'second_order' is missing (the state of "
-                "another optimizer?)"
+                "another optimizer? load_state_dict(..., adopt=True) takes the moments of a torch optimizer)"
             )
-        self._check(saved)
-        self._load_torch(state_dict)
-        self._load_checked(saved)
+        shapes = shapes_in(state_dict, list(saved.get("names", ())))
+        blocks = self._fitting(saved, shapes, report)
+        if strict:
+            report.refuse()
+        self._load_torch(state_dict if report.is_complete else by_position(self, state_dict, report.taken))
+        self._load_checked(blocks)
+        return report
+
+    adopts = False
+    """Whether loading takes a torch optimizer's state without being asked; front doors set it."""
 
     def blocks_state_dict(self) -> dict[str, Any]:
         """The part of :meth:`state_dict` that torch knows nothing of, for engines that save torch's part themselves."""
+        return {**self._about_blocks(), **self._store.state_dict(self.steps, complete=self._transport.size == 1)}
+
+    def _about_blocks(self) -> dict[str, Any]:
+        """What is not of one block."""
         return {
-            **self._store.state_dict(self.steps, complete=self._transport.size == 1),
             "method": self.method,
             "names": self.parameter_names(),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }
 
-    def load_blocks(self, saved: Mapping[str, Any]) -> None:
+    def blocks_share(self) -> dict[str, Any]:
+        """As :meth:`blocks_state_dict`, of a checkpoint that all ranks write: each array on one rank alone. Local."""
+        return {**self._about_blocks(), **self._store.share(self.steps)}
+
+    def load_blocks(self, saved: Mapping[str, Any], *, strict: bool = True) -> LoadReport:
         """Load what :meth:`blocks_state_dict` gave, saved at any number of ranks; every rank gets all of it.
 
+        Args:
+            strict: False takes what fits, by name and shape, and reports the rest.
+
         Raises:
-            ValueError: another optimizer's state, an incomplete one, other parameters or other blocks.
+            CheckpointError: another optimizer's state, an incomplete one, other parameters or other blocks.
         """
-        self._check(saved)
-        self._load_checked(saved)
+        report = LoadReport()
+        blocks = self._fitting(saved, dict.fromkeys(saved.get("names", ())), report)
+        if strict:
+            report.refuse()
+        self._load_checked(blocks)
+        return report
 
     def restart_blocks(self) -> None:
         """Go on with the moments that an engine has loaded, and collect statistics anew."""
@@ -94,22 +141,31 @@ class StatefulOptimizer(PlannedOptimizer):
             "optimizer.restart_blocks() to collect them anew"
         )
 
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        if saved["method"] != self.method:
-            raise ValueError(f"state of {saved['method']!r}, but this optimizer is {self.method!r}")
-        names = self.parameter_names()
-        if list(saved["names"]) != names:
-            differing = [f"{a!r} (here {b!r})" for a, b in zip(saved["names"], names, strict=False) if a != b]
-            raise ValueError(
-                f"saved for {len(saved['names'])} parameters, here are {len(names)}"
-                + (f"; first difference: {differing[0]}" if differing else "")
-            )
-        kind = self.block_class
-        expected = {
-            unit.key: (kind.statistics_layouts(unit.block), kind.root_layouts(unit.block))
-            for unit in (self._plan or self._build_plan()).units
-        }
-        self._store.check(saved, expected)
+    def _fitting(self, saved: Mapping[str, Any], shapes: Mapping[str, Any], report: LoadReport) -> Mapping[str, Any]:
+        """Of saved blocks those that fit; every difference goes into the report."""
+        here = dict(parameter_names_of(self))
+        same = compare_parameters(shapes, here, report)
+        report.taken += [name for name in here if name in same]
+        return self.blocks_fitting(saved, same, report)
+
+    def blocks_fitting(
+        self,
+        saved: Mapping[str, Any],
+        same: Collection[str],
+        report: LoadReport,
+        shapes: Mapping[str, Any] | None = None,
+    ) -> Mapping[str, Any]:
+        """Of saved blocks those of the same arrays, of parameters that are the same; and of these what this rank keeps.
+
+        Args:
+            shapes: of a checkpoint whose arrays are not read yet: by their names.
+
+        Raises:
+            CheckpointError: the blocks of another method, or not all of them.
+        """
+        plan = self._plan or self._build_plan()
+        found = fitting_blocks(saved, plan, self.block_class, self.method, same, report, shapes)
+        return self._store.needed(found) if shapes is not None else found
 
     def _load_torch(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -133,6 +189,29 @@ class StatefulOptimizer(PlannedOptimizer):
         self._store.load(saved)
         if self._refresher is not None:
             self._store.install(self._members, self._refresher)
+
+    # of a checkpoint folder, which goes by names and ranges
+
+    @property
+    def _fragment_table(self) -> FragmentTable | None:
+        return self._plan.table if self._plan is not None else None
+
+    def _counters(self, name: str) -> dict[str, float]:
+        """Counters of a parameter that are not in the state of its tensor, which it shares with others."""
+        member = next(member for member in self._members if member.name == name)
+        return {} if member.counter is None else {"step": float(member.counter)}
+
+    def _take_counter(self, name: str, counter: str, value: float) -> bool:
+        member = next(member for member in self._members if member.name == name)
+        if member.counter is None or counter != "step":
+            return False
+        member.counter.fill_(value)
+        return True
+
+    def _has_taken(self, blocks: Mapping[str, Any] | None) -> None:
+        """Everything else of a checkpoint folder is in place."""
+        assert blocks is not None
+        self._load_checked(blocks)
 
     def __getstate__(self) -> dict[str, Any]:
         self._store.drain()

@@ -32,6 +32,8 @@ class Layout:
         loss_divisor: for engines that scale the loss themselves: what they have divided it by.
         updates_model_later: whether the model has the new parameters only after the step, as masters are apart.
         forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
+        write_back: for engines that keep masters apart: gives the model what the fragments hold, after they were
+            overwritten. Collective. None where the fragments are the model's own.
         gathered: a context in which the model computes with whole parameters, its own, and no collective of the engine
             runs in its passes: name -> parameter. None for engines that have no such state.
         shared_buffers: for engines whose forward pass would make a model's buffers those of rank 0: which ones.
@@ -48,6 +50,7 @@ class Layout:
     loss_divisor: Callable[[], float] | None = None
     updates_model_later: bool = False
     forget_gathered: Callable[[Any], None] | None = None
+    write_back: Callable[[], None] | None = None
     gathered: Callable[[Any], AbstractContextManager[Mapping[str, Tensor]]] | None = None
     shared_buffers: Callable[[Any], list[Tensor]] | None = None
 

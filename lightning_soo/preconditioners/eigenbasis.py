@@ -62,6 +62,11 @@ class EigenbasisBlock(KroneckerBlock):
         """One basis per preconditioned dimension."""
         return tuple(ArrayLayout((order, order)) for order in block.orders)
 
+    def restart(self) -> None:
+        """As if no gradient had been seen."""
+        super().restart()
+        self.second_moment, self.second_moment_weight = None, 0.0
+
     @property
     def state_bytes(self) -> int:
         """What this rank holds of the block."""

@@ -133,6 +133,15 @@ class KroneckerBlock:
         """Arrays that a refresh gives: one ``(n, n)`` per preconditioned dimension."""
         return cls.statistics_layouts(block)
 
+    def restart(self) -> None:
+        """As if no gradient had been seen."""
+        self.weight, self.observations, self.refreshed_observations, self.failures = 0.0, 0, 0, 0
+        self.ready, self.roots, self.diagnostics = type(self).ready, None, {}
+        if self.statistics is not None:
+            self.statistics.scale, self.statistics.peak = 1.0, 0.0
+            for matrix in self.statistics.matrices:
+                matrix.zero_()
+
     @property
     def state_bytes(self) -> int:
         """What this rank holds of the block."""

@@ -59,6 +59,11 @@ class Transport:
         if self.size > 1 and "nccl" in str(dist.get_backend(group)) and "gloo" not in str(dist.get_backend(group)):
             self._device = torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None is the default group."""
+        return self._group
+
     def among(self, ranks: Sequence[int]) -> Transport:
         """Over some ranks of this group. Collective among them."""
         own = sorted(self._global(rank) for rank in ranks)
