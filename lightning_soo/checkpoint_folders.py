@@ -126,7 +126,7 @@ def _wanted(
         portable.want(optimizer, content, manifest.arrays, number, report, strict=strict)
         for number, (optimizer, content) in enumerate(zip(optimizers, contents, strict=True))
     ]
-    known = {name for content in contents for name in content["parameters"]}
+    known = {spec.name for optimizer in optimizers if optimizer._layout for spec in optimizer._layout.specs}
     found.append(portable.Wanted(want_weights(model, known, manifest.arrays, report), lambda: None))
     if strict:
         report.refuse()

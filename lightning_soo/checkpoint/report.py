@@ -65,6 +65,14 @@ def compare_parameters(
             report.anew[name] = f"its shape is {shape} here, {tuple(there)} in the checkpoint"
         else:
             same.add(name)
+    return same
+
+
+def compare_all(
+    saved: Mapping[str, Sequence[int] | None], here: Mapping[str, tuple[int, ...]], report: LoadReport
+) -> set[str]:
+    """:func:`compare_parameters`, where what is not here is ignored."""
+    same = compare_parameters(saved, here, report)
     for name in saved:
         if name not in here:
             report.ignored[name] = "no parameter of this name here"

@@ -15,7 +15,7 @@ from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.fragments import Fragment, canonical_name
 from lightning_soo.transport import Transport
 
-MODEL, BUFFER = "model", "buffer"
+MODEL, BUFFER = "model/", "buffer/"
 
 
 def give_weights(
@@ -39,7 +39,7 @@ def give_weights(
             if held.index(own) == transport.rank and (own != (0, numel) or (0, numel) not in held[: transport.rank]):
                 pieces.append(_piece(fragment, fragment.tensor.detach()))
     if transport.rank == 0:
-        pieces += [whole(f"{BUFFER}/{name}", buffer) for name, buffer in persistent_buffers(model).items()]
+        pieces += [whole(f"{BUFFER}{name}", buffer) for name, buffer in persistent_buffers(model).items()]
     return pieces, {name: list(shape) for name, shape in shapes.items()}
 
 
@@ -49,16 +49,17 @@ def want_weights(
     """Where the rest of the weights goes. Local."""
     pieces = []
     for fragment in _fragments(model, known):
-        array = arrays.get(f"{MODEL}/{fragment.name}")
+        array = arrays.get(f"{MODEL}{fragment.name}")
         if _fits(fragment.name, fragment.shape, array, report):
             pieces.append(_piece(fragment, fragment.tensor.detach()))
     buffers = persistent_buffers(model)
     for name, buffer in buffers.items():
-        if _fits(name, tuple(buffer.shape), arrays.get(f"{BUFFER}/{name}"), report):
-            pieces.append(whole(f"{BUFFER}/{name}", buffer))
+        if _fits(name, tuple(buffer.shape), arrays.get(f"{BUFFER}{name}"), report):
+            pieces.append(whole(f"{BUFFER}{name}", buffer))
+    here = {piece.key for piece in pieces} | {f"{MODEL}{name}" for name in known}
     for key in arrays:
-        if key.startswith(f"{BUFFER}/") and key.removeprefix(f"{BUFFER}/") not in buffers:
-            report.ignored[key.removeprefix(f"{BUFFER}/")] = "no buffer of this name here"
+        if key.startswith((MODEL, BUFFER)) and key not in here and key.split("/", 1)[1] not in report.anew:
+            report.ignored[key.split("/", 1)[1]] = "nothing of this name here"
     return pieces
 
 
@@ -97,5 +98,5 @@ def _fragments(model: nn.Module, known: Collection[str]) -> list[Fragment]:
 
 def _piece(fragment: Fragment, tensor: Tensor) -> Piece:
     return Piece(
-        key=f"{MODEL}/{fragment.name}", shape=fragment.shape, start=fragment.start, tensor=fragment.local(tensor)
+        key=f"{MODEL}{fragment.name}", shape=fragment.shape, start=fragment.start, tensor=fragment.local(tensor)
     )

@@ -15,13 +15,12 @@ from lightning_soo.checkpoint.manifest import Array
 from lightning_soo.checkpoint.pieces import Piece
 from lightning_soo.checkpoint.report import LoadReport, compare_parameters
 from lightning_soo.checkpoint.trees import put_together, take_apart
+from lightning_soo.checkpoint.weights import MODEL
 from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.stateful import StatefulOptimizer
 from lightning_soo.placement.fragments import Fragment, to_local
 
 Portable = StatefulOptimizer | GatheredOptimizer
-MODEL = "model"
-"""Arrays of parameters are called ``model/NAME``, whoever gives them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def give(optimizer: Portable, number: int) -> tuple[dict[str, Any], list[Piece]]
         "class": type(optimizer).__name__,
         "engine": layout.engine,
         "parameters": {
-            spec.name: {"shape": list(spec.shape), "group": group}
+            spec.name: {"group": group, "trainable": spec.requires_grad}
             for spec, group in zip(layout.specs, layout.groups, strict=True)
         },
         "groups": [_plain_group(group) for group in optimizer._groups()],
@@ -95,7 +94,11 @@ def want(
     if content["class"] != name:
         raise CheckpointError(f"the checkpoint is of a {content['class']}, this optimizer is a {name}")
     here = {spec.name: tuple(spec.shape) for spec in layout.specs}
-    same = compare_parameters({name: row["shape"] for name, row in content["parameters"].items()}, here, report)
+    weights = {key.removeprefix(MODEL): array.shape for key, array in arrays.items() if key.startswith(MODEL)}
+    same = compare_parameters(weights, here, report)
+    for spec in layout.specs:
+        if spec.requires_grad and not content["parameters"].get(spec.name, {}).get("trainable") and spec.name in same:
+            report.anew[f"moments of {spec.name}"] = "it was frozen, or in no optimizer"
     if len(content["groups"]) != len(optimizer._groups()):
         report.ignored["parameter groups"] = f"{len(content['groups'])} there, {len(optimizer._groups())} here"
     blocks, block_pieces = None, list[Piece]()
@@ -112,7 +115,7 @@ def want(
     for fragment in layout.fragments:
         if fragment.name not in same or fragment.start == fragment.stop:
             continue
-        targets: dict[str, Tensor] = {f"{MODEL}/{fragment.name}": fragment.tensor.detach()}
+        targets: dict[str, Tensor] = {f"{MODEL}{fragment.name}": fragment.tensor.detach()}
         prefix = f"optimizer.{number}/moment/{fragment.name}/"
         for key in (key for key in arrays if key.startswith(prefix)):
             field = key.removeprefix(prefix)
@@ -142,7 +145,7 @@ def want(
 
 def _arrays(fragment: Fragment, state: Mapping[str, Any], number: int) -> dict[str, Tensor]:
     """The parameter and its moments, by the names of their arrays."""
-    found = {f"{MODEL}/{fragment.name}": fragment.tensor}
+    found = {f"{MODEL}{fragment.name}": fragment.tensor}
     size = to_local(fragment.tensor).numel()
     for field, value in state.items():
         if isinstance(value, Tensor) and not _is_number(value) and to_local(value).numel() == size:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_soo.checkpoint.errors import CheckpointError
-from lightning_soo.checkpoint.report import LoadReport, compare_parameters
+from lightning_soo.checkpoint.report import LoadReport, compare_all
 from lightning_soo.optim.fitting import fitting_blocks
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.torch_states import adopted, by_position, parameter_names_of, shapes_in
@@ -144,7 +144,7 @@ class StatefulOptimizer(PlannedOptimizer):
     def _fitting(self, saved: Mapping[str, Any], shapes: Mapping[str, Any], report: LoadReport) -> Mapping[str, Any]:
         """Of saved blocks those that fit; every difference goes into the report."""
         here = dict(parameter_names_of(self))
-        same = compare_parameters(shapes, here, report)
+        same = compare_all(shapes, here, report)
         report.taken += [name for name in here if name in same]
         return self.blocks_fitting(saved, same, report)
 
