@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import nn
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.errors import CheckpointError
-from lightning_soo.checkpoint.manifest import Manifest
-from lightning_soo.checkpoint.pieces import Piece
+from lightning_soo.checkpoint.pieces import Piece, Wanted
 from lightning_soo.checkpoint.report import LoadReport
+from lightning_soo.checkpoint.sources import FolderSource, Source
 from lightning_soo.checkpoint.weights import give_weights, want_weights
 from lightning_soo.optim import portable
 from lightning_soo.optim.portable import Portable
@@ -68,7 +69,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: store.Folder,
+    folder: store.Folder | Source,
     model: nn.Module,
     optimizers: Portable | Sequence[Portable],
     *,
@@ -79,8 +80,9 @@ def load_checkpoint(
     All that is read is compared with its checksum first; on an error nothing has changed, on any rank.
 
     Args:
+        folder: or what has been opened of a checkpoint already.
         model: as the engine has wrapped it.
-        optimizers: as many as were saved.
+        optimizers: as many as were saved; none loads the weights alone.
         strict: False takes what fits, by name and shape, and reports the rest.
 
     Returns:
@@ -89,19 +91,20 @@ def load_checkpoint(
     Raises:
         CheckpointError: damaged, incomplete, of another model or method, or of a newer version; on every rank.
     """
-    folder, listed = store.find(folder), _listed(optimizers)
+    listed = _listed(optimizers)
     _attach(model, listed)
     transport, report = _transport(listed), LoadReport()
-    manifest, wanted, error = None, [], None
+    source: Source | None = None
+    wanted, error = [], None
     try:
-        manifest = Manifest.read(folder)
-        wanted = _wanted(manifest, model, listed, report, strict=strict)
-        store.check(folder, manifest, [piece for one in wanted for piece in one.pieces])
+        source = FolderSource(folder) if isinstance(folder, (str, os.PathLike)) else folder
+        wanted = _wanted(source, model, listed, report, strict=strict)
+        source.check([piece for one in wanted for piece in one.pieces])
     except (CheckpointError, OSError) as raised:
         error = raised
-    _agree(transport, folder, manifest, error)
-    assert manifest is not None
-    store.read(folder, manifest, _once([piece for one in wanted for piece in one.pieces]))
+    _agree(transport, source, error)
+    assert source is not None
+    source.read(_once([piece for one in wanted for piece in one.pieces]))
     for one in wanted:
         one.install()
     for optimizer in listed:
@@ -109,48 +112,50 @@ def load_checkpoint(
         if write_back is not None:
             write_back()
     if not report.is_complete and transport.rank == 0:
-        logger.warning("loaded from %s:\n%s", folder, report)
-    return report, dict(manifest.content["extra"])
+        logger.warning("loaded from %s:\n%s", source.where, report)
+    return report, dict(source.content["extra"])
 
 
 def _wanted(
-    manifest: Manifest, model: nn.Module, optimizers: Sequence[Portable], report: LoadReport, *, strict: bool
-) -> list[portable.Wanted]:
-    contents = manifest.content["optimizers"]
+    source: Source, model: nn.Module, optimizers: Sequence[Portable], report: LoadReport, *, strict: bool
+) -> list[Wanted]:
+    contents = source.content["optimizers"] if optimizers else []
     if len(contents) != len(optimizers):
         raise CheckpointError(
             f"the checkpoint has {len(contents)} optimizers, here are {len(optimizers)}: load it with those "
             "that it was saved with"
         )
     found = [
-        portable.want(optimizer, content, manifest.arrays, number, report, strict=strict)
+        portable.want(optimizer, content, source.arrays, number, report, strict=strict)
         for number, (optimizer, content) in enumerate(zip(optimizers, contents, strict=True))
     ]
     known = {spec.name for optimizer in optimizers if optimizer._layout for spec in optimizer._layout.specs}
-    found.append(portable.Wanted(want_weights(model, known, manifest.arrays, report), lambda: None))
+    found.append(want_weights(model, known, source.arrays, report))
     if strict:
         report.refuse()
     return found
 
 
-def _agree(transport: Transport, folder: Path, manifest: Manifest | None, error: Exception | None) -> None:
+def _agree(transport: Transport, source: Source | None, error: Exception | None) -> None:
     """One rank's refusal is everyone's, before anything is changed."""
-    rows = transport.all_gather_integers([int(error is not None), _number(manifest)])
+    rows = transport.all_gather_integers([int(error is not None), _number(source)])
     failed = [rank for rank, row in enumerate(rows) if row[0]]
     if error is not None:
         raise error
     if failed:
-        raise CheckpointError(f"rank {failed[0]} cannot load {folder} (its own error says why); nothing was changed")
+        raise CheckpointError(
+            f"rank {failed[0]} cannot load this checkpoint, its own error says why; nothing was changed"
+        )
     differing = [rank for rank, row in enumerate(rows) if row[1] != rows[0][1]]
     if differing:
         raise CheckpointError(
-            f"rank {differing[0]} reads another {folder} than rank 0: every rank needs the same files, on a "
+            f"rank {differing[0]} reads another checkpoint than rank 0: every rank needs the same files, on a "
             "disk that all machines share"
         )
 
 
-def _number(manifest: Manifest | None) -> int:
-    return int(manifest.digest()[:15], 16) if manifest is not None else 0
+def _number(source: Source | None) -> int:
+    return int(source.digest()[:15], 16) if source is not None else 0
 
 
 def _listed(optimizers: Portable | Sequence[Portable]) -> list[Portable]:

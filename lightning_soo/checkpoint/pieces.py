@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,6 +37,19 @@ class Piece:
     def flat(self) -> Tensor:
         """The elements in row-major order: a view where there is one, else a copy."""
         return self.tensor.detach().reshape(-1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is taken from a checkpoint.
+
+    Attributes:
+        pieces: to be filled.
+        install: called when they are, on every rank.
+    """
+
+    pieces: list[Piece]
+    install: Callable[[], None]
 
 
 def whole(key: str, tensor: Tensor) -> Piece:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.manifest import Array
-from lightning_soo.checkpoint.pieces import Piece, whole
+from lightning_soo.checkpoint.pieces import Piece, Wanted, whole
 from lightning_soo.checkpoint.report import LoadReport
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.fragments import Fragment, canonical_name
@@ -26,41 +27,50 @@ def give_weights(
     Args:
         known: names of the optimizers' parameters.
     """
+    pieces, shapes = [], {}
+    for name, parameter in _partitioned(model, known).items():
+        with _gathered(parameter):
+            shapes[name] = tuple(parameter.shape)
+            if transport.rank == 0:
+                pieces.append(whole(f"{MODEL}{name}", parameter.detach().clone()))
     fragments = _fragments(model, known)
-    shapes = {fragment.name: fragment.shape for fragment in fragments}
-    edges = [edge for fragment in fragments for edge in (fragment.start, fragment.stop)]
-    pieces = []
-    if fragments:  # the same on every rank
-        rows = transport.all_gather_integers(edges)
+    if fragments:  # as many on every rank
+        rows = transport.all_gather_integers([edge for one in fragments for edge in (one.start, one.stop)])
         for index, fragment in enumerate(fragments):
+            shapes[fragment.name] = fragment.shape
             held = [(row[2 * index], row[2 * index + 1]) for row in rows]
-            own = held[transport.rank]
-            numel = math.prod(fragment.shape)
-            if held.index(own) == transport.rank and (own != (0, numel) or (0, numel) not in held[: transport.rank]):
-                pieces.append(_piece(fragment, fragment.tensor.detach()))
+            if held.index(held[transport.rank]) == transport.rank:  # the first that holds them
+                pieces.append(_piece(fragment))
     if transport.rank == 0:
         pieces += [whole(f"{BUFFER}{name}", buffer) for name, buffer in persistent_buffers(model).items()]
     return pieces, {name: list(shape) for name, shape in shapes.items()}
 
 
-def want_weights(
-    model: nn.Module, known: Collection[str], arrays: Mapping[str, Array], report: LoadReport
-) -> list[Piece]:
+def want_weights(model: nn.Module, known: Collection[str], arrays: Mapping[str, Array], report: LoadReport) -> Wanted:
     """Where the rest of the weights goes. Local."""
-    pieces = []
+    pieces, gathered = [], []
+    for name, parameter in _partitioned(model, known).items():
+        if _fits(name, tuple(parameter.ds_shape), arrays.get(f"{MODEL}{name}"), report):  # type: ignore[attr-defined]
+            value = torch.empty(parameter.ds_shape, dtype=parameter.dtype)  # type: ignore[attr-defined]
+            gathered.append((parameter, value))
+            pieces.append(whole(f"{MODEL}{name}", value))
     for fragment in _fragments(model, known):
-        array = arrays.get(f"{MODEL}{fragment.name}")
-        if _fits(fragment.name, fragment.shape, array, report):
-            pieces.append(_piece(fragment, fragment.tensor.detach()))
-    buffers = persistent_buffers(model)
-    for name, buffer in buffers.items():
+        if _fits(fragment.name, fragment.shape, arrays.get(f"{MODEL}{fragment.name}"), report):
+            pieces.append(_piece(fragment))
+    for name, buffer in persistent_buffers(model).items():
         if _fits(name, tuple(buffer.shape), arrays.get(f"{BUFFER}{name}"), report):
             pieces.append(whole(f"{BUFFER}{name}", buffer))
-    here = {piece.key for piece in pieces} | {f"{MODEL}{name}" for name in known}
-    for key in arrays:
-        if key.startswith((MODEL, BUFFER)) and key not in here and key.split("/", 1)[1] not in report.anew:
-            report.ignored[key.split("/", 1)[1]] = "nothing of this name here"
-    return pieces
+    here = {piece.key.split("/", 1)[1] for piece in pieces} | set(known) | set(report.anew)
+    for name in (key.split("/", 1)[1] for key in arrays if key.startswith((MODEL, BUFFER))):
+        if name not in here:
+            report.ignored[name] = "nothing of this name here"
+
+    def install() -> None:
+        for parameter, value in gathered:
+            with _gathered(parameter, changed=True):
+                parameter.data.copy_(value)
+
+    return Wanted(pieces, install)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -83,20 +93,38 @@ def _fits(name: str, shape: tuple[int, ...], array: Array | None, report: LoadRe
     return False
 
 
+def _others(model: nn.Module, known: Collection[str]) -> dict[str, nn.Parameter]:
+    found = ((canonical_name(name), parameter) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter in found if name not in known}
+
+
+def _partitioned(model: nn.Module, known: Collection[str]) -> dict[str, nn.Parameter]:
+    """Those that DeepSpeed's stage 3 holds in parts, which are gathered one by one."""
+    return {name: one for name, one in _others(model, known).items() if hasattr(one, "ds_id")}
+
+
+@contextmanager
+def _gathered(parameter: nn.Parameter, *, changed: bool = False) -> Iterator[None]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0 if changed else None):
+        yield
+
+
 def _fragments(model: nn.Module, known: Collection[str]) -> list[Fragment]:
-    """What this rank holds of parameters that no optimizer has."""
-    parameters = [
-        (name, parameter) for name, parameter in model.named_parameters() if canonical_name(name) not in known
-    ]
-    if not parameters:
+    """What this rank holds of the others."""
+    others = {name: one for name, one in _others(model, known).items() if not hasattr(one, "ds_id")}
+    if not others:
         return []
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for _, parameter in parameters], "param_names": [name for name, _ in parameters]}
-    ]
+    if hasattr(model, "zero_optimization"):  # DeepSpeed's engine: what is not in parts is whole
+        return [
+            Fragment(name=name, shape=tuple(one.shape), start=0, stop=one.numel(), tensor=one)
+            for name, one in others.items()
+        ]
+    groups: list[dict[str, Any]] = [{"params": list(others.values()), "param_names": list(others)}]
     return [one for one in read_layout(groups, model).fragments if one.name not in known]
 
 
-def _piece(fragment: Fragment, tensor: Tensor) -> Piece:
-    return Piece(
-        key=f"{MODEL}{fragment.name}", shape=fragment.shape, start=fragment.start, tensor=fragment.local(tensor)
-    )
+def _piece(fragment: Fragment) -> Piece:
+    local = fragment.local(fragment.tensor.detach())
+    return Piece(key=f"{MODEL}{fragment.name}", shape=fragment.shape, start=fragment.start, tensor=local)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.checkpoint.manifest import Array
-from lightning_soo.checkpoint.pieces import Piece
+from lightning_soo.checkpoint.pieces import Piece, Wanted
 from lightning_soo.checkpoint.report import LoadReport, compare_parameters
 from lightning_soo.checkpoint.trees import put_together, take_apart
 from lightning_soo.checkpoint.weights import MODEL
@@ -21,19 +20,6 @@ from lightning_soo.optim.stateful import StatefulOptimizer
 from lightning_soo.placement.fragments import Fragment, to_local
 
 Portable = StatefulOptimizer | GatheredOptimizer
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What an optimizer takes from a checkpoint.
-
-    Attributes:
-        pieces: to be filled.
-        install: called when they are.
-    """
-
-    pieces: list[Piece]
-    install: Callable[[], None]
 
 
 def give(optimizer: Portable, number: int) -> tuple[dict[str, Any], list[Piece]]:
@@ -91,7 +77,7 @@ def want(
     layout = optimizer._layout
     assert layout is not None
     name = type(optimizer).__name__
-    if content["class"] != name:
+    if content.get("class", name) != name:  # a file in which it is not said has it with the blocks
         raise CheckpointError(f"the checkpoint is of a {content['class']}, this optimizer is a {name}")
     here = {spec.name: tuple(spec.shape) for spec in layout.specs}
     weights = {key.removeprefix(MODEL): array.shape for key, array in arrays.items() if key.startswith(MODEL)}
