@@ -92,6 +92,37 @@ def load_checkpoint(
         CheckpointError: damaged, incomplete, of another model or method, or of a newer version; on every rank.
     """
     listed = _listed(optimizers)
+    source, wanted, report = _prepare(folder, model, listed, strict=strict)
+    source.read(_once([piece for one in wanted for piece in one.pieces]))
+    for one in wanted:
+        one.install()
+    for optimizer in listed:
+        write_back = optimizer._layout.write_back if optimizer._layout is not None else None
+        if write_back is not None:
+            write_back()
+    if not report.is_complete and _transport(listed).rank == 0:
+        logger.warning("loaded from %s:\n%s", source.where, report)
+    return report, dict(source.content["extra"])
+
+
+def check_checkpoint(
+    folder: store.Folder | Source,
+    model: nn.Module,
+    optimizers: Portable | Sequence[Portable],
+    *,
+    strict: bool = True,
+) -> LoadReport:
+    """What :func:`load_checkpoint` would take; nothing is changed. Collective.
+
+    Raises:
+        CheckpointError: as of :func:`load_checkpoint`.
+    """
+    return _prepare(folder, model, _listed(optimizers), strict=strict)[2]
+
+
+def _prepare(
+    folder: store.Folder | Source, model: nn.Module, listed: list[Portable], *, strict: bool
+) -> tuple[Source, list[Wanted], LoadReport]:
     _attach(model, listed)
     transport, report = _transport(listed), LoadReport()
     source: Source | None = None
@@ -104,16 +135,7 @@ def load_checkpoint(
         error = raised
     _agree(transport, source, error)
     assert source is not None
-    source.read(_once([piece for one in wanted for piece in one.pieces]))
-    for one in wanted:
-        one.install()
-    for optimizer in listed:
-        write_back = optimizer._layout.write_back if optimizer._layout is not None else None
-        if write_back is not None:
-            write_back()
-    if not report.is_complete and transport.rank == 0:
-        logger.warning("loaded from %s:\n%s", source.where, report)
-    return report, dict(source.content["extra"])
+    return source, wanted, report
 
 
 def _wanted(

@@ -35,6 +35,10 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
         assert isinstance(self.config, dict)
         prepare_config(self.config)
 
+    @property
+    def writes_folders(self) -> bool:
+        return True
+
     def setup_environment(self) -> None:
         if self.root_device.type == "cuda":
             super().setup_environment()

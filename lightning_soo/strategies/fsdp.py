@@ -29,6 +29,10 @@ class SecondOrderFSDPStrategy(SecondOrderStrategyMixin, FSDPStrategy):
     _wrapped: FullyShardedDataParallel | None = None
 
     @property
+    def writes_folders(self) -> bool:
+        return bool(self._state_dict_type == "sharded")
+
+    @property
     def precision_plugin(self) -> FSDPPrecision:
         return super().precision_plugin
 

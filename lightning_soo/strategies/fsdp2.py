@@ -38,7 +38,8 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
         reshard_after_forward: as ``fully_shard``'s.
         fully_shard_options: further options of ``fully_shard``, such as ``mp_policy``.
         save_distributed_checkpoint: one file for each rank, or one file in all.
-        method, options, optimizer_options: see :class:`SecondOrderStrategyMixin`.
+        method, options, optimizer_options, portable_checkpoints, asynchronous_checkpoints, adopt: see
+            :class:`SecondOrderStrategyMixin`.
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
         method: str | None = "shampoo",
         options: Mapping[str, Any] | None = None,
         optimizer_options: Mapping[str, Any] | None = None,
+        portable_checkpoints: bool = True,
+        asynchronous_checkpoints: bool = False,
+        adopt: bool = False,
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -62,11 +66,18 @@ class SecondOrderFSDP2Strategy(SecondOrderStrategyMixin, ModelParallelStrategy):
             method=method,
             options=options,
             optimizer_options=optimizer_options,
+            portable_checkpoints=portable_checkpoints,
+            asynchronous_checkpoints=asynchronous_checkpoints,
+            adopt=adopt,
         )
         self.shard_modules = shard_modules
         self.min_parameters = min_parameters
         self.replicate_size = replicate_size
         self.fully_shard_options = {**(fully_shard_options or {}), "reshard_after_forward": reshard_after_forward}
+
+    @property
+    def writes_folders(self) -> bool:
+        return bool(self._save_distributed_checkpoint)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -8,21 +8,19 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 from lightning_soo.integrations.trainer import data_workers, say_accumulation, say_batch
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
+from lightning_soo.strategies.checkpoints import PortableCheckpoints
 from lightning_soo.strategies.default_optimizer import build_adamw, check_settings, configured_by_default
 
 
-class SecondOrderStrategyMixin(ParallelStrategy):
+class SecondOrderStrategyMixin(PortableCheckpoints):
     """Takes over the optimizers of the module, attaches them to the wrapped model and closes them.
 
     Args:
@@ -30,6 +28,10 @@ class SecondOrderStrategyMixin(ParallelStrategy):
             are attached all the same).
         options: options of the method, see :class:`lightning_soo.Shampoo`.
         optimizer_options: settings of the AdamW that is built where ``configure_optimizers`` is absent or returns None.
+        portable_checkpoints: whether checkpoints that are folders can be loaded by any strategy here at any number of
+            ranks; False leaves them to the engine.
+        asynchronous_checkpoints: whether these are written while training goes on.
+        adopt: whether the checkpoint of an AdamW or SGD is taken: its moments go on, preconditioners start anew.
 
     Raises:
         ValueError: unknown method, with the nearest name, or a value that is refused.
@@ -37,8 +39,6 @@ class SecondOrderStrategyMixin(ParallelStrategy):
     """
 
     engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
-    # whether the engine saves optimizer.state_dict() as it is, with everything we put into it
-    preconditioners_travel_with_optimizer: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -46,11 +46,17 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         method: str | None = "shampoo",
         options: Mapping[str, Any] | None = None,
         optimizer_options: Mapping[str, Any] | None = None,
+        portable_checkpoints: bool = True,
+        asynchronous_checkpoints: bool = False,
+        adopt: bool = False,
         **kwargs: Any,
     ) -> None:
         check_method(method, options or {})
         check_settings(optimizer_options or {})
         super().__init__(*args, **kwargs)
+        self.portable_checkpoints = portable_checkpoints
+        self.asynchronous_checkpoints = asynchronous_checkpoints
+        self.adopt = adopt
         self.method = method
         self.options = dict(options or {})
         self.optimizer_options = dict(optimizer_options or {})
@@ -93,6 +99,8 @@ class SecondOrderStrategyMixin(ParallelStrategy):
                     continue  # no AdamW's place to take, and its callback attaches it
                 take_over(optimizer, self.method, dict(self.options), self.lightning_module)
         self.second_order_optimizers = [one for one in optimizers if isinstance(one, SecondOrderOptimizer)]
+        for optimizer in self.second_order_optimizers:
+            optimizer.adopts = self.adopt
 
     def attach_optimizers(self) -> None:
         """Build the plans for the model as the engine has wrapped it: after ``setup``, before training and loading."""
@@ -133,28 +141,3 @@ class SecondOrderStrategyMixin(ParallelStrategy):
         module = self.lightning_module
         if module is not None and module.__dict__.get("configure_optimizers") == self._build_optimizer:
             del module.__dict__["configure_optimizers"]
-
-    # checkpoints: Lightning calls all of these on every rank
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if self.preconditioners_travel_with_optimizer and isinstance(inner, SecondOrderOptimizer):
-            inner.consolidate(to=0)
-        return super().optimizer_state(optimizer)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if "optimizer_states" in checkpoint and not self.preconditioners_travel_with_optimizer:
-            saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
-            if saved:
-                checkpoint[PRECONDITIONERS] = saved
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        module = self.lightning_module
-        fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
-            # where each rank reads a file of its own, only rank 0's holds them
-            saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))
-            restore_preconditioners(self.second_order_optimizers, saved)
-        return checkpoint
