@@ -24,6 +24,7 @@ from lightning_soo.integrations.trainer import (
     say_batch,
     second_order_optimizers,
 )
+from lightning_soo.integrations.trainer_checkpoints import CheckpointGuard
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, find_optimizers, take_over
 
@@ -39,6 +40,8 @@ class SecondOrder(Callback):
         method: ``"shampoo"`` (where neither this nor ``config`` says otherwise), ``"soap"``, ``"sonew"`` or ``"kfac"``.
         config: what :func:`lightning_soo.load_config` takes, such as the name of a file; ``method`` and ``options``
             that are given here win. With ``monitor`` it logs as :class:`PreconditionerMonitor` does.
+        adopt: whether the checkpoint of an AdamW or SGD is taken by ``fit(ckpt_path=...)``: its moments go on,
+            preconditioners start anew.
         options: options of the optimizer, see :class:`lightning_soo.Shampoo`, ``SOAP``, ``SONew`` and ``KFAC``.
 
     Raises:
@@ -46,7 +49,9 @@ class SecondOrder(Callback):
         ValueError: unknown method, a value that is refused, or a configuration that is.
     """
 
-    def __init__(self, method: str | None = None, config: Source | Config = None, **options: Any) -> None:
+    def __init__(
+        self, method: str | None = None, config: Source | Config = None, adopt: bool = False, **options: Any
+    ) -> None:
         monitor = None
         if config is not None:
             read = config if isinstance(config, Config) else load_config(config)
@@ -56,7 +61,9 @@ class SecondOrder(Callback):
         self.method = method or "shampoo"
         self.options = options
         self._monitor = PreconditionerMonitor(monitor) if monitor is not None else None
+        self.adopt = adopt
         self._wrapped: Any = None
+        self._guard: CheckpointGuard | None = None
 
     __init__.__annotations__["options"] = keyword_types()
 
@@ -71,6 +78,8 @@ class SecondOrder(Callback):
                 self.take_over(optimizer, pl_module)
             return configured
 
+        if not is_ours(trainer.strategy):
+            self._guard = CheckpointGuard(trainer, pl_module)
         configure_optimizers.second_order = pl_module.__dict__.get("configure_optimizers")  # type: ignore[attr-defined]
         self._wrapped = configure_optimizers
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
@@ -87,12 +96,18 @@ class SecondOrder(Callback):
         if is_ours(trainer.strategy):
             return  # it has attached them
         for optimizer in found:
+            optimizer.adopts = self.adopt
             optimizer.attach(trainer.strategy.model, None if trainer.world_size > 1 else "single")
             if isinstance(trainer.strategy.model, DistributedDataParallel):
                 optimizer.remember(pl_module)  # which outlives the wrapper
+        if self._guard is not None:
+            self._guard.finish(found)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Only now the Trainer has asked a data module for its loaders, whose processes take cores."""
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
         if is_ours(trainer.strategy):
             return
         for optimizer in second_order_optimizers(trainer):
@@ -137,6 +152,9 @@ class SecondOrder(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the workers: Lightning does not call ``teardown`` after an exception, Ctrl-C or SIGTERM."""
+        if self._guard is not None:
+            self._guard.undo()
+            self._guard = None
         self._release(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

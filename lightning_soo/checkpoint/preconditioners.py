@@ -19,6 +19,13 @@ def collect_preconditioners(optimizers: Sequence[SecondOrderOptimizer], is_first
     return [optimizer.blocks_state_dict() if is_first else {} for optimizer in optimizers]
 
 
+def join_preconditioners(checkpoint: dict[str, Any]) -> None:
+    """What an engine that shards the moments has saved apart goes where an engine that does not looks for it."""
+    saved = checkpoint.pop(PRECONDITIONERS, ())
+    for state, blocks in zip(checkpoint.get("optimizer_states", ()), saved, strict=False):
+        state.setdefault("second_order", blocks)
+
+
 def restore_preconditioners(
     optimizers: Sequence[SecondOrderOptimizer], saved: Sequence[Mapping[str, Any]] | None
 ) -> None:

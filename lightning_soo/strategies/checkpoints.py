@@ -11,14 +11,18 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_soo.checkpoint import store
-from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
+from lightning_soo.checkpoint.preconditioners import (
+    PRECONDITIONERS,
+    collect_preconditioners,
+    join_preconditioners,
+    restore_preconditioners,
+)
 from lightning_soo.checkpoint.sources import FolderSource, Source, read_file, single_file
 from lightning_soo.checkpoint_folders import check_checkpoint, load_checkpoint, save_checkpoint
+from lightning_soo.integrations.trainer_checkpoints import TRAINER_FILE, read_trainer_file
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.placement.fragments import canonical_name
 
-TRAINER_FILE = "trainer.pt"
-"""What is neither weights nor optimizers: loops, callbacks, schedulers."""
 _LOADED = "lightning_soo_loaded"  # weights and optimizers are in place
 _OURS = ("state_dict", "optimizer_states", PRECONDITIONERS)
 
@@ -99,8 +103,7 @@ class PortableCheckpoints(ParallelStrategy):
             self._saver.wait()
         path = Path(self.broadcast(checkpoint_path))
         if store.is_store(path):
-            rest = torch.load(store.find(path) / TRAINER_FILE, map_location="cpu", weights_only=True)
-            return self._take(FolderSource(path), rest)
+            return self._take(FolderSource(path), read_trainer_file(path))
         if path.is_file() and self.second_order_optimizers:
             whole = read_file(path)
             source = single_file(path, whole, self._aliases())
@@ -110,6 +113,8 @@ class PortableCheckpoints(ParallelStrategy):
                 assert self.model is not None
                 check_checkpoint(source, self.model, self.second_order_optimizers)
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if self.preconditioners_travel_with_optimizer:
+            join_preconditioners(checkpoint)
         if self._is_fitting and self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
             # where each rank reads a file of its own, only rank 0's holds them
             saved = self.broadcast(checkpoint.pop(PRECONDITIONERS, None))

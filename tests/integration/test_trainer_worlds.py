@@ -1,0 +1,120 @@
+"""``fit(ckpt_path=...)`` goes on from a checkpoint of any other strategy and number of processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import torchrun
+from torch import Tensor
+from trainer_worlds import Model, fit
+
+from lightning_soo import CheckpointError
+from lightning_soo.checkpoint.pieces import whole
+from lightning_soo.checkpoint.sources import FolderSource, read_file
+from lightning_soo.checkpoint.store import is_store
+
+WORKER = Path(__file__).parent / "trainer_worlds.py"
+# one world after the other; what a world reads was written before it
+WORLDS = [
+    (2, ["fsdp2", "ddp", "fsdp", "fsdp-sharded", "fsdp2:auto-1", "fsdp:auto-1", "ddp:fsdp2-2"]),
+    (3, ["fsdp2:fsdp2-2", "fsdp:fsdp2-2", "ddp:ddp-2", "fsdp2:ddp-2", "stock-ddp:fsdp-sharded-2", "ddp:fsdp-2"]),
+]
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """Of a checkpoint, by torch alone where it is a file."""
+    if not is_store(path):
+        return torch.load(path, weights_only=True)["state_dict"]
+    source = FolderSource(path)
+    found = {}
+    for key, array in source.arrays.items():
+        if key.startswith(("model/", "buffer/")):
+            value = found[key.split("/", 1)[1]] = torch.empty(array.shape, dtype=array.torch_dtype)
+            source.read([whole(key, value)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every world; ``auto-1`` is the run of one process that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("worlds")
+    fit("auto", folder / "auto-1", callback={})
+    for ranks, tasks in WORLDS:
+        torchrun(WORKER, ranks, folder, *tasks)
+    return folder
+
+
+def test_all_end_where_one_process_ends(out: Path) -> None:
+    expected = weights(out / "auto-1" / "epoch=1.ckpt")
+    runs = sorted(path.name for path in out.iterdir())
+    assert len(runs) == 1 + sum(len(tasks) for _, tasks in WORLDS)
+    for run in runs:
+        found = weights(out / run / "epoch=1.ckpt")
+        assert set(found) <= set(expected) and len(found) >= len(expected) - 1, run  # the tied one has one name
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=lambda text: f"{run}: {text}")
+
+
+@pytest.mark.parametrize("source", ["fsdp2-2", "ddp-2", "fsdp-2", "fsdp-sharded-2"])
+def test_one_process_goes_on(out: Path, tmp_path: Path, source: str) -> None:
+    expected = weights(out / "auto-1" / "epoch=1.ckpt")
+    model = fit("auto", tmp_path, path=out / source / "epoch=0.ckpt", model=Model(seed=5), callback={})
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6)
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_damage_is_refused_and_the_model_is_as_it_was(
+    out: Path, tmp_path: Path, damage: Callable[[Path], None], kind: str
+) -> None:
+    import shutil
+
+    bad = tmp_path / "bad.ckpt"
+    if kind == "file":
+        shutil.copy(out / "auto-1" / "epoch=0.ckpt", bad)
+        damage(bad)
+    else:
+        shutil.copytree(out / "fsdp2-2" / "epoch=0.ckpt", bad)
+        damage(next(bad.glob("__1_*.distcp")))
+    model = Model(seed=9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="damaged|truncated"):
+        fit("auto", tmp_path / "run", path=bad, model=model, callback={})
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_first_order_checkpoint_is_taken_on_request(tmp_path: Path) -> None:
+    fit("auto", tmp_path / "adamw", epochs=1)
+    model = Model(seed=9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = tmp_path / "adamw" / "epoch=0.ckpt"
+    with pytest.raises(CheckpointError, match="adopt=True"):
+        fit("auto", tmp_path / "refused", path=path, model=model, callback={})
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    # without a preconditioner the moments alone decide: the run is AdamW's own
+    options: dict[str, Any] = {"adopt": True, "start_preconditioning_step": 1000}
+    taken = fit("auto", tmp_path / "taken", path=path, model=Model(seed=9), callback=options)
+    plain = fit("auto", tmp_path / "plain", path=path, model=Model(seed=9))
+    for name, value in taken.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_a_file_need_nothing_of_ours(out: Path) -> None:
+    found = read_file(out / "ddp-2" / "epoch=1.ckpt")
+    Model().load_state_dict(found["state_dict"])
