@@ -45,7 +45,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         flats, rows, numbers = list(zero.fp32_partitioned_groups_flat), _stage3(zero), zero.sub_group_to_group_id
     elif hasattr(zero, "single_partition_of_fp32_groups"):
-        flats, rows, numbers = list(zero.single_partition_of_fp32_groups), _linked(zero.bit16_groups), None
+        flats, rows, numbers = list(zero.single_partition_of_fp32_groups), _placed(zero), None
     elif hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: ZeRO-1, gradients accumulated in float32
         flats, rows, numbers = list(zero.fp32_groups_flat_partition), _linked(zero.bf16_groups), None
     else:
@@ -86,8 +86,24 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
 Row = tuple[int, Tensor, tuple[int, ...], int, int, int]
 
 
+def _placed(zero: Any) -> Iterator[Row]:
+    """``(part, parameter, shape, start, stop, offset)`` from where parameters lie in their group's flat copy.
+
+    DeepSpeed's own links ignore the order of ``round_robin_gradients``.
+    """
+    for part, parameters in enumerate(zero.bit16_groups):
+        flat, group = zero.bit16_groups_flat[part], zero.real_dp_process_group[part]
+        size = flat.numel() // dist.get_world_size(group)
+        first = flat.storage_offset() + dist.get_rank(group) * size
+        for parameter in parameters:
+            begin = parameter.storage_offset()
+            start, stop = max(first, begin) - begin, min(first + size, begin + parameter.numel()) - begin
+            held = (start, stop, begin + start - first) if start < stop else (0, 0, 0)
+            yield part, parameter, tuple(parameter.shape), *held
+
+
 def _linked(groups: Sequence[Sequence[Any]]) -> Iterator[Row]:
-    """``(part, parameter, shape, start, stop, offset)`` from the links that DeepSpeed hangs on every parameter."""
+    """As :func:`_placed`, from the links that DeepSpeed hangs on every parameter."""
     for part, parameters in enumerate(groups):
         for parameter in parameters:
             link = parameter._hp_mapping
