@@ -51,7 +51,7 @@ class Fragment:
             whole, else one-dimensional.
         """
         tensor = to_local(tensor)
-        if tensor.shape == self.shape:
+        if self.is_whole and tensor.shape == self.shape:
             return tensor
         flat = tensor.view(-1)[self.offset : self.offset + self.stop - self.start]
         return flat.view(self.shape) if self.is_whole else flat

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_soo import Shampoo
 from lightning_soo.placement.adapters import zero
+from lightning_soo.placement.fragments import Fragment
 
 
 class PipelineEngine(nn.Module):
@@ -48,8 +49,6 @@ def test_parameters_of_an_engine_that_was_not_given_say_what_to_do() -> None:
 def test_gradients_of_later_groups_are_found_where_deepspeed_keeps_them() -> None:
     """Two groups, of which the first is being stepped; pieces end to end, padding at the end."""
     flats = [torch.zeros(4), torch.zeros(8)]
-    from lightning_soo.placement.fragments import Fragment
-
     fragments = [
         Fragment(name="a", shape=(2, 2), start=0, stop=4, tensor=flats[0]),
         Fragment(name="b", shape=(5,), start=2, stop=5, tensor=flats[1], offset=0),
@@ -64,3 +63,23 @@ def test_gradients_of_later_groups_are_found_where_deepspeed_keeps_them() -> Non
     flats[1].grad = torch.arange(8.0)
     offloaded, _ = zero._pending(engine, flats, fragments, [0, 1, 1])()
     assert offloaded[1].tolist() == [0.0, 1.0, 2.0] and offloaded[2].flatten().tolist() == [3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "stop", "offset", "values"),
+    [
+        ((6,), 0, 2, 4, [4.0, 5.0]),  # a part of a bias, in a partition that happens to be as long as the bias
+        ((6,), 2, 6, 0, [0.0, 1.0, 2.0, 3.0]),
+        ((6,), 0, 6, 0, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+        ((2, 2), 0, 4, 1, [[1.0, 2.0], [3.0, 4.0]]),
+        ((6,), 0, 0, 0, []),
+    ],
+)
+def test_a_fragment_finds_its_part_of_a_flat_partition(
+    shape: tuple[int, ...], start: int, stop: int, offset: int, values: list[Any]
+) -> None:
+    flat = torch.arange(6.0)
+    local = Fragment(name="a", shape=shape, start=start, stop=stop, tensor=flat, offset=offset).local(flat)
+    assert local.tolist() == values
+    local.fill_(-1.0)  # it is a view
+    assert int((flat < 0).sum()) == local.numel()

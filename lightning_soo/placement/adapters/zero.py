@@ -45,7 +45,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         flats, rows, numbers = list(zero.fp32_partitioned_groups_flat), _stage3(zero), zero.sub_group_to_group_id
     elif hasattr(zero, "single_partition_of_fp32_groups"):
-        flats, rows, numbers = list(zero.single_partition_of_fp32_groups), _linked(zero.bit16_groups), None
+        flats, rows, numbers = list(zero.single_partition_of_fp32_groups), _placed(zero), None
     elif hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: ZeRO-1, gradients accumulated in float32
         flats, rows, numbers = list(zero.fp32_groups_flat_partition), _linked(zero.bf16_groups), None
     else:
@@ -80,14 +80,31 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         pending_gradients=None if at_once else _pending(zero, flats, fragments, parts),
         loss_divisor=_loss_divisor(zero, model),
         updates_model_later=True,
+        write_back=_write_back(zero),
     )
 
 
 Row = tuple[int, Tensor, tuple[int, ...], int, int, int]
 
 
+def _placed(zero: Any) -> Iterator[Row]:
+    """``(part, parameter, shape, start, stop, offset)`` from where parameters lie in their group's flat copy.
+
+    DeepSpeed's own links ignore the order of ``round_robin_gradients``.
+    """
+    for part, parameters in enumerate(zero.bit16_groups):
+        flat, group = zero.bit16_groups_flat[part], zero.real_dp_process_group[part]
+        size = flat.numel() // dist.get_world_size(group)
+        first = flat.storage_offset() + dist.get_rank(group) * size
+        for parameter in parameters:
+            begin = parameter.storage_offset()
+            start, stop = max(first, begin) - begin, min(first + size, begin + parameter.numel()) - begin
+            held = (start, stop, begin + start - first) if start < stop else (0, 0, 0)
+            yield part, parameter, tuple(parameter.shape), *held
+
+
 def _linked(groups: Sequence[Sequence[Any]]) -> Iterator[Row]:
-    """``(part, parameter, shape, start, stop, offset)`` from the links that DeepSpeed hangs on every parameter."""
+    """As :func:`_placed`, from the links that DeepSpeed hangs on every parameter."""
     for part, parameters in enumerate(groups):
         for parameter in parameters:
             link = parameter._hp_mapping
@@ -148,6 +165,21 @@ def _loss_divisor(zero: Any, model: nn.Module | None) -> Callable[[], float]:
         return float(count) / float(getattr(zero, "loss_scale", 1.0))
 
     return read
+
+
+def _write_back(zero: Any) -> Callable[[], None]:
+    """As at the end of DeepSpeed's own step."""
+
+    def reassign() -> None:
+        zero.checkpoint_event_prologue()  # small parameters are kept whole between steps: let them go
+        for part in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(part)
+        zero.checkpoint_event_epilogue()  # and gather them from the new partitions
+
+    def update() -> None:
+        zero.update_lp_params()
+
+    return reassign if hasattr(zero, "fp32_partitioned_groups_flat") else update
 
 
 def _stage(zero: Any) -> int:
