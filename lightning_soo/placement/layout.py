@@ -34,8 +34,6 @@ class Layout:
         write_back: for engines whose fragments are masters apart from the model: gives the model what the fragments'
             tensors hold, after they were overwritten in place. Collective. None: they are the model's own parameters.
         forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
-        write_back: for engines that keep masters apart: gives the model what the fragments hold, after they were
-            overwritten. Collective. None where the fragments are the model's own.
         gathered: a context in which the model computes with whole parameters, its own, and no collective of the engine
             runs in its passes: name -> parameter. None for engines that have no such state.
         shared_buffers: for engines whose forward pass would make a model's buffers those of rank 0: which ones.
@@ -53,7 +51,6 @@ class Layout:
     updates_model_later: bool = False
     write_back: Callable[[], None] | None = None
     forget_gathered: Callable[[Any], None] | None = None
-    write_back: Callable[[], None] | None = None
     gathered: Callable[[Any], AbstractContextManager[Mapping[str, Tensor]]] | None = None
     shared_buffers: Callable[[Any], list[Tensor]] | None = None
 

@@ -57,7 +57,7 @@ def test_all_end_where_one_process_ends(out: Path) -> None:
         found = weights(out / run / "epoch=1.ckpt")
         assert set(found) <= set(expected) and len(found) >= len(expected) - 1, run  # the tied one has one name
         for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=lambda text: f"{run}: {text}")
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=f"{run}: {name}")
 
 
 @pytest.mark.parametrize("source", ["fsdp2-2", "ddp-2", "fsdp-2", "fsdp-sharded-2"])
@@ -94,7 +94,7 @@ def test_damage_is_refused_and_the_model_is_as_it_was(
         damage(next(bad.glob("__1_*.distcp")))
     model = Model(seed=9)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="damaged|truncated"):
+    with pytest.raises(CheckpointError, match=r"damaged|truncated"):
         fit("auto", tmp_path / "run", path=bad, model=model, callback={})
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
