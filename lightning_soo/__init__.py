@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_soo.optim.trust_region import TrustRegionNewtonCG
     from lightning_soo.refresh.workers import WorkerOptions
     from lightning_soo.transport.agreement import AgreementError
+    from lightning_soo.transport.waiting import TransportError
 
 __all__ = [
     "KFAC",
@@ -23,6 +24,7 @@ __all__ = [
     "RefreshError",
     "SONew",
     "Shampoo",
+    "TransportError",
     "TrustRegionNewtonCG",
     "WorkerOptions",
     "__version__",
@@ -39,6 +41,7 @@ _MODULES = {
     "SOAP": "optim.soap",
     "SONew": "optim.sonew",
     "Shampoo": "optim.shampoo",
+    "TransportError": "transport.waiting",
     "TrustRegionNewtonCG": "optim.trust_region",
     "WorkerOptions": "refresh.workers",
     "from_config": "config",
