@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_soo.optim.trust_region import TrustRegionNewtonCG
     from lightning_soo.refresh.workers import WorkerOptions
     from lightning_soo.transport.agreement import AgreementError
+    from lightning_soo.transport.waiting import TransportError
 
 __all__ = [
     "KFAC",
@@ -30,6 +31,7 @@ __all__ = [
     "RefreshError",
     "SONew",
     "Shampoo",
+    "TransportError",
     "TrustRegionNewtonCG",
     "WorkerOptions",
     "__version__",
@@ -55,6 +57,7 @@ _MODULES = {
     "SOAP": "optim.soap",
     "SONew": "optim.sonew",
     "Shampoo": "optim.shampoo",
+    "TransportError": "transport.waiting",
     "TrustRegionNewtonCG": "optim.trust_region",
     "WorkerOptions": "refresh.workers",
     "from_config": "config",

@@ -69,7 +69,7 @@ class Assembly:
                 piece = result[slices(within(box, traveller.box))]
                 flat[start : start + volume(box)].view(piece.shape).copy_(piece)
         sent, received = bucket.received(place), bucket.sent(place)
-        self._returning = bucket, self.transport.start_exchange(flat, sent, received)
+        self._returning = bucket, self.transport.start_exchange(flat, sent, received, "the directions of cut blocks")
 
     def finish(self, target: Callable[[Member], Tensor]) -> None:
         """Wait for what was given back last."""
@@ -94,7 +94,7 @@ class Assembly:
             if local is not None:
                 view = member.view(local, box)
                 flat[start : start + volume(box)].view(view.shape).copy_(view)
-        return self.transport.start_exchange(flat, sent, bucket.received(place))
+        return self.transport.start_exchange(flat, sent, bucket.received(place), "the gradients of cut blocks")
 
     def _assemble(self, bucket: Bucket, arriving: Arriving) -> dict[str, Tensor]:
         flat = arriving.wait()

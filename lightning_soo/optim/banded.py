@@ -178,4 +178,6 @@ class BandedOptimizer(SecondOrderOptimizer):
         for index, (name, chain) in enumerate(names):
             if name in by_name:
                 values[index] = by_name[name].peak_of(chain)
-        return dict(zip(names, self._transport.largest(values).tolist(), strict=True))
+        return dict(
+            zip(names, self._transport.largest(values, "the largest diagonals of cut chains").tolist(), strict=True)
+        )

@@ -75,7 +75,9 @@ class SecondOrderOptimizer(DirectedOptimizer):
         """
         flags, sparse = self._local_flags()
         marks = self._marks()
-        agreed = self._transport.largest(torch.cat([flags, torch.tensor(marks, dtype=flags.dtype)])).tolist()
+        self._transport.begin_step(self.steps + 1)
+        own = torch.cat([flags, torch.tensor(marks, dtype=flags.dtype)])
+        agreed = self._transport.largest(own, "the flags").tolist()
         values, marks = agreed[: len(flags)], agreed[len(flags) :]
         if values.pop():
             where = f"parameter {sparse!r}" if sparse is not None else "a parameter on another rank"

@@ -58,7 +58,7 @@ class Contributions:
             pieces[keepers[key]] += _packed(block, recorder.sums[block.layer.layer], recorder.examples, dtype)
         sent = [sum(piece.numel() for piece in own) for own in pieces]
         flat = torch.cat([piece.reshape(-1) for own in pieces for piece in own])
-        self._arriving = transport.start_exchange(flat, sent, [sent[transport.rank]] * transport.size)
+        self._arriving = transport.start_exchange(flat, sent, [sent[transport.rank]] * transport.size, "the factors")
 
     def finish(self) -> dict[str, list[Tensor]]:
         """Wait for what is kept here: block key -> its factors over all examples of all ranks."""

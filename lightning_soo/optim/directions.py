@@ -110,7 +110,7 @@ class DirectedOptimizer(StatefulOptimizer):
         device = next((value.device for value in squares if value.device != _ZERO.device), _ZERO.device)
         values = torch.stack([value.to(device) for value in squares])
         if self._plan is not None and self._plan.table.shards > 1:
-            values = self._transport.total(values)
+            values = self._transport.total(values, "the norms")
         return values.tolist()
 
     def _gradient_norms(self, members: list[Member]) -> dict[str, float]:

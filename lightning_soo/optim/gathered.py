@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout
+from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.objective import Objective, computing
 from lightning_soo.optim.trust_region_options import TrustRegionOptions
 from lightning_soo.optim.vectors import VectorSpace
@@ -72,8 +72,10 @@ class GatheredOptimizer(torch.optim.Optimizer):
         """
         if model is not None:
             self._model = weakref.ref(model)
-        self._transport = transport = self._ranks.connect(model, engine, process_group)
-        layout, table = agree_on_layout(transport, self._read_layout, entries_of(self.options))
+        timeout = self.options.collective_timeout
+        self._transport = transport = self._ranks.connect(model, engine, process_group, timeout)
+        configuration = [*entries_of(self.options), *group_entries(self.param_groups, ("radius", "weight_decay"))]
+        layout, table = agree_on_layout(transport, self._read_layout, configuration, timeout=timeout)
         self._space, self._fragment_table = VectorSpace(layout, table, transport), table
         self._layout = layout
         self._signature = self._current_signature()
@@ -190,7 +192,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
         assert self._layout is not None
         if self._layout.shared_buffers is not None:
             for buffer in self._layout.shared_buffers(self._model() if self._model is not None else None):
-                self._transport.share(buffer)
+                self._transport.share(buffer, "rank 0's buffers")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options, "_copied": True}

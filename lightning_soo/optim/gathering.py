@@ -61,14 +61,14 @@ class Gathering:
         if all(len(places[entry.key].homes) == transport.size for entry in entries):
             sizes = [self._size(owner, self._rank) for owner in ranks]
             own = pack_bytes(self._packed(self._rank)) if sizes[self._rank] else None
-            self._broadcast = transport.start_broadcast_from_owners(sizes, own)
+            self._broadcast = transport.start_broadcast_from_owners(sizes, own, "the roots")
             self._sizes, self._exchange = sizes, None
             return
         packed = [pack_bytes(self._packed(to)) if to != self._rank else None for to in ranks]
         parts = [part for part in packed if part is not None]
         self._sizes = [self._size(owner, self._rank) if owner != self._rank else 0 for owner in ranks]
         self._exchange = transport.start_exchange(
-            torch.cat(parts), [0 if part is None else part.numel() for part in packed], self._sizes
+            torch.cat(parts), [0 if part is None else part.numel() for part in packed], self._sizes, "the roots"
         )
 
     def finish(self) -> None:
@@ -132,7 +132,7 @@ def exchange_statistics(
         if place.refresher == rank:
             received[place.keeper] += length
     flat = pack_bytes([tensor for part in packed for tensor in part])
-    parts = torch.split(transport.start_exchange(flat, sent, received).wait(), received)
+    parts = torch.split(transport.start_exchange(flat, sent, received, "the statistics").wait(), received)
     found, positions = {}, [0] * size
     for key, place in away:
         if place.refresher != rank:

@@ -76,8 +76,9 @@ class KFAC(LayeredOptimizer):
         betas, eps: of a graft; with ``betas[0] > 0`` the running mean of gradients is preconditioned.
         moves_the_rest: ``"sgd"`` or ``"adam"``: what moves uncovered parameters, and all of them before the first
             inverses, where there is no graft.
-        nonfinite, exchange_bucket_bytes, workers, overrides, gather_frequency, compute_dtype: see :class:`Shampoo`; an
-            override may exclude layers by name or class (``{"match": "Embedding", "method": "none"}``).
+        nonfinite, exchange_bucket_bytes, collective_timeout, workers, overrides, gather_frequency, compute_dtype: see
+            :class:`Shampoo`; an override may exclude layers by name or class (``{"match": "Embedding", "method":
+            "none"}``).
 
     Raises:
         ValueError: an option out of range (named with its value), no model, or nothing to precondition.
@@ -124,6 +125,7 @@ class KFAC(LayeredOptimizer):
         moves_the_rest: str = "sgd",
         nonfinite: str = "skip",
         exchange_bucket_bytes: int = 2**25,
+        collective_timeout: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
@@ -155,6 +157,7 @@ class KFAC(LayeredOptimizer):
             moves_the_rest=moves_the_rest,
             nonfinite=nonfinite,
             exchange_bucket_bytes=exchange_bucket_bytes,
+            collective_timeout=collective_timeout,
             compute_dtype=compute_dtype,
             overrides=overrides,
             workers=workers,

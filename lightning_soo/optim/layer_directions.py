@@ -227,7 +227,7 @@ class LayerDirections(SecondOrderOptimizer):
         for member, values in zip(tried, kept, strict=True):
             member.parameter().copy_(values)
         losses = torch.tensor([before, after], dtype=torch.float64)
-        before, after = (self._transport.total(losses) / self._transport.size).tolist()
+        before, after = (self._transport.total(losses, "the losses tried") / self._transport.size).tolist()
         self._damping = adaptive.adapted(self.damping, actual=after - before, predicted=self._predicted)
         if math.isfinite(after) or not math.isfinite(before):
             return True

@@ -211,7 +211,7 @@ class Objective:
         return loss / self._weight
 
     def _total(self, values: Sequence[float]) -> list[float]:
-        total: list[float] = self._transport.total(torch.tensor(values, dtype=torch.float64)).tolist()
+        total: list[float] = self._transport.total(torch.tensor(values, dtype=torch.float64), "the loss").tolist()
         return total
 
 

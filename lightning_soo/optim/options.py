@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,6 +63,7 @@ class ShampooOptions:
     own_step_size: bool = False  # the direction has the step size of Adam by itself (SOAP)
     nonfinite: str = "skip"
     exchange_bucket_bytes: int = 2**25
+    collective_timeout: float | None = None
     compute_dtype: torch.dtype | None = None
     overrides: tuple[Override, ...] = ()
     workers: WorkerOptions = field(default_factory=WorkerOptions)
@@ -92,6 +94,7 @@ class ShampooOptions:
         for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above"):
             _require(name, getattr(self, name), minimum=1, optional=True)
         _require("refresh_delay", self.refresh_delay, minimum=0, optional=True)
+        require_timeout(self.collective_timeout)
         if not self.preconditioner_eps >= 0:
             raise ValueError(f"preconditioner_eps={self.preconditioner_eps}: must be at least 0")
         if self.exponent_override is not None and not self.exponent_override > 0:
@@ -226,6 +229,15 @@ def validate_group(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"betas[1]={beta2} ({where}): must be in [0, 1]; 1 is the plain sum")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov=True ({where}): needs momentum above 0 and dampening=0")
+
+
+def require_timeout(seconds: float | None) -> None:
+    """
+    Raises:
+        ValueError: a bound on collectives that is none.
+    """
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"collective_timeout={seconds!r}: must be above zero seconds, or None")
 
 
 def _require(name: str, value: int | None, *, minimum: int, optional: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
-from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout
+from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
 from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_group
@@ -102,9 +102,15 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """
         if model is not None:
             self.remember(model)
-        self._transport = self._ranks.connect(model, engine, process_group)
-        configuration = [f"method={self.method!r}", *entries_of(self.options)]
-        layout, table = agree_on_layout(self._transport, self._read_layout, configuration)
+        options = self.options
+        self._transport = self._ranks.connect(model, engine, process_group, options.collective_timeout)
+        layout, table = agree_on_layout(
+            self._transport,
+            self._read_layout,
+            [f"method={self.method!r}", *entries_of(options), *group_entries(self._groups(), GROUP_OPTIONS)],
+            timeout=options.collective_timeout,
+            deadline=options.workers.deadline if options.workers.kind != "inline" else None,
+        )
         plan, error = None, None
         try:
             plan = self._build_plan(layout, table)
@@ -207,7 +213,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         copy = plan.table.copy_of(transport.rank)
         in_copy = transport
         if len(copy) < transport.size:
-            in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
+            in_copy = transport.over(layout.shard_group, enabled=len(copy) > 1)
         layout = replace(layout, shard_group=None)  # held by the transport, or nobody
         self._plan, self._layout, self._members, self._refresher = plan, layout, members, refresher
         self._assembly = Assembly(plan, members, in_copy)
@@ -225,7 +231,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         def make() -> Executor:
             executor, self._executor_reason = make_executor(
-                options.workers,
+                options.workers.within(transport.timeout),
                 Machine(
                     ranks=ranks, trainer_cores=torch.get_num_threads() if on_cpu else 1, data_workers=self.data_workers
                 ),

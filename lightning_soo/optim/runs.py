@@ -102,7 +102,7 @@ def exchange_halos(
                 piece = rows[strip.parameter][:, begin : begin + size]
                 flat[position : position + count * size].view(count, size).copy_(piece)
             position += count * size
-    arrived = transport.start_exchange(flat, sent, received).wait()
+    arrived = transport.start_exchange(flat, sent, received, "the neighbours at cuts").wait()
     found: dict[int, list[tuple[Strip, Tensor]]] = {}
     position = 0
     for of in places:

@@ -64,6 +64,9 @@ class Shampoo(SecondOrderOptimizer):
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
         exchange_bucket_bytes: size of one buffer in which blocks that sharding has cut travel to the rank that
             preconditions them and back; a block that is larger travels alone.
+        collective_timeout: seconds after which a wait for other ranks ends in a ``TransportError`` that names what was
+            waited for, and the ranks that have not come; more than three times the workers' ``deadline``. None is the
+            process group's own timeout, which is also the longest possible. Under NCCL its watchdog ends the process.
         compute_dtype: of the roots and the products with them (``torch.bfloat16`` is several times faster on current
             CPUs and GPUs); None is float32, or float64 for float64 parameters.
         overrides: exceptions by name pattern or module class, first match wins:
@@ -108,6 +111,7 @@ class Shampoo(SecondOrderOptimizer):
         grafting_norm: str = "parameter",
         nonfinite: str = "skip",
         exchange_bucket_bytes: int = 2**25,
+        collective_timeout: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
@@ -132,6 +136,7 @@ class Shampoo(SecondOrderOptimizer):
             grafting_norm=grafting_norm,
             nonfinite=nonfinite,
             exchange_bucket_bytes=exchange_bucket_bytes,
+            collective_timeout=collective_timeout,
             compute_dtype=compute_dtype,
             overrides=overrides,
             workers=workers,

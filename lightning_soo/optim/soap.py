@@ -41,7 +41,7 @@ class SOAP(SecondOrderOptimizer):
             iteration from the current basis and a QR decomposition, on the parameters' device in the step itself: for
             GPUs, and for intervals of about ten. On a CPU it costs as much as a whole decomposition (measured). Its
             ridge, 1e-5 of the largest eigenvalue (1e-3 in float32), keeps the basis where statistics have no rank.
-        nonfinite, exchange_bucket_bytes, workers: see :class:`Shampoo`.
+        nonfinite, exchange_bucket_bytes, collective_timeout, workers: see :class:`Shampoo`.
         compute_dtype: of the bases and the rotations; None is float32, or float64 for float64 parameters.
 
     Raises:
@@ -73,6 +73,7 @@ class SOAP(SecondOrderOptimizer):
         one_sided_above: int | None = None,
         nonfinite: str = "skip",
         exchange_bucket_bytes: int = 2**25,
+        collective_timeout: float | None = None,
         compute_dtype: torch.dtype | str | None = None,
         basis: str = "eigh",
         overrides: Sequence[Mapping[str, Any]] | None = None,
@@ -95,6 +96,7 @@ class SOAP(SecondOrderOptimizer):
             own_step_size=True,
             nonfinite=nonfinite,
             exchange_bucket_bytes=exchange_bucket_bytes,
+            collective_timeout=collective_timeout,
             compute_dtype=compute_dtype,
             overrides=overrides,
             workers=workers,

@@ -45,6 +45,7 @@ class SONew(BandedOptimizer):
             float32 statistics (needs triton). None is where that is possible, False never.
         compiled: let ``torch.compile`` fuse the tridiagonal step instead (a minute at the first step).
         nonfinite: a gradient that is not finite ``"skip"``s the whole step, on all ranks, or ``"raise"``s.
+        collective_timeout: of waits for other ranks, see :class:`Shampoo`.
         overrides: exceptions by name pattern or module class: ``[{"match": "embed", "method": "none"}]``.
 
     Raises:
@@ -74,6 +75,7 @@ class SONew(BandedOptimizer):
         fused: bool | None = None,
         compiled: bool = False,
         nonfinite: str = "skip",
+        collective_timeout: float | None = None,
         overrides: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         options = SONewOptions.parse(
@@ -88,6 +90,7 @@ class SONew(BandedOptimizer):
             start_preconditioning_step=start_preconditioning_step,
             band_dtype=parse_dtype(statistics_dtype),
             nonfinite=nonfinite,
+            collective_timeout=collective_timeout,
             overrides=overrides,
             grafting=None,
             own_step_size=True,

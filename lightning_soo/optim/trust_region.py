@@ -70,6 +70,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         nonfinite: a loss, a gradient or a product with the curvature that is not finite: ``"skip"`` the step and warn
             once, or ``"raise"``.
         seed: of the choice of examples for ``hessian_fraction``.
+        collective_timeout: of waits for other ranks, see :class:`Shampoo`.
 
     Attributes:
         last: the last iteration, a :class:`TrustRegionStep`.
@@ -101,6 +102,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         keep_graphs: bool | None = None,
         nonfinite: str = "skip",
         seed: int = 0,
+        collective_timeout: float | None = None,
     ) -> None:
         options = TrustRegionOptions.parse(
             preset=preset,
@@ -115,6 +117,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             keep_graphs=keep_graphs,
             nonfinite=nonfinite,
             seed=seed,
+            collective_timeout=collective_timeout,
         )
         if not 0 < radius <= options.max_radius:
             raise ValueError(f"radius={radius!r}: must be above 0 and at most max_radius={options.max_radius}")

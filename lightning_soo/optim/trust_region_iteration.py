@@ -57,6 +57,7 @@ class TrustRegionIterations(GatheredOptimizer):
         """Loss and gradient of what was collected. Collective."""
         objective, space = self._objective, self._space
         assert objective is not None and space is not None
+        self._transport.begin_step(int(self.param_groups[0]["steps"]) + 1)
         loss, gradient = objective.mean()
         decay = self._decay()
         if decay is not None:

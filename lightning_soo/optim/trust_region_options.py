@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_soo.naming import nearest
 from lightning_soo.optim.curvature import CURVATURES
+from lightning_soo.optim.options import require_timeout
 from lightning_soo.optim.radius_rules import RadiusRule, radius_rule
 
 Preconditioner = Callable[[list[Tensor]], list[Tensor]]
@@ -33,6 +34,7 @@ class TrustRegionOptions:
     keep_graphs: bool | None = None
     nonfinite: str = "skip"
     seed: int = 0
+    collective_timeout: float | None = None
 
     @classmethod
     def parse(
@@ -58,6 +60,7 @@ class TrustRegionOptions:
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {wanted}")
 
+        require_timeout(self.collective_timeout)
         for name, choices in (("curvature", CURVATURES), ("nonfinite", NONFINITE)):
             value = getattr(self, name)
             need(value in choices, name, f"unknown{nearest(str(value), choices)}")

@@ -46,7 +46,7 @@ class VectorSpace:
         self._place = copy.index(transport.rank)
         self._replicated = sum(numels[index] for index in order if index in whole_here) if len(copy) > 1 else 0
         self._shared = sum(index not in whole_here for index in order) if len(copy) > 1 else 0
-        self._in_copy = Transport(layout.shard_group, enabled=len(copy) > 1)
+        self._in_copy = transport.over(layout.shard_group, enabled=len(copy) > 1)
         self._across = _across_copies(table, transport, len(copy))
         self.device, self.dtype = self._kind()
 
@@ -130,7 +130,7 @@ class VectorSpace:
             sent = [torch.cat(self._pieces(whole, place)) for place in range(self._in_copy.size)]
             count = sent[self._place].numel()
             arriving = self._in_copy.start_exchange(
-                torch.cat(sent), [one.numel() for one in sent], [count] * self._in_copy.size
+                torch.cat(sent), [one.numel() for one in sent], [count] * self._in_copy.size, "a sum over ranks"
             )
             parts = torch.split(arriving.wait(), [count] * self._in_copy.size)
             local = parts[0].clone()
@@ -138,7 +138,7 @@ class VectorSpace:
                 local.add_(part)
         else:
             local = whole
-        return self._across.total(local)
+        return self._across.total(local, "a sum over ranks")
 
     def gather(self, local: Tensor) -> Tensor:
         """The whole vector of which every rank has its local part."""
@@ -146,7 +146,9 @@ class VectorSpace:
             return local
         ours = local[: local.numel() - self._replicated]
         counts = [sum(stop - start for start, stop in row[: self._shared]) for row in self._ranges]
-        arriving = self._in_copy.start_exchange(ours.repeat(len(counts)), [ours.numel()] * len(counts), counts)
+        arriving = self._in_copy.start_exchange(
+            ours.repeat(len(counts)), [ours.numel()] * len(counts), counts, "a whole vector"
+        )
         whole = self.zeros()
         views = torch.split(whole, self._numels)
         for row, part in zip(self._ranges, torch.split(arriving.wait(), counts), strict=True):
@@ -163,7 +165,7 @@ class VectorSpace:
             return gram_matrix(vectors)
         if self._place > 0:
             vectors = [vector[: vector.numel() - self._replicated] for vector in vectors]
-        return self._in_copy.total(gram_matrix(vectors))
+        return self._in_copy.total(gram_matrix(vectors), "inner products")
 
     def _pieces(self, whole: Tensor, place: int) -> list[Tensor]:
         """What the rank at a place of this copy keeps of a whole vector."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lightning_soo.naming import nearest
@@ -19,6 +19,7 @@ KINDS = ("auto", "inline", "thread", "process")
 _INLINE_MILLISECONDS = 2.0
 # processes beyond these gain little and cost memory
 _MOST_PROCESSES = 8
+_DEADLINE = 120.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class WorkerOptions:
         threads_per_worker: BLAS threads of a worker process; with more than one the last bits of a root depend on it.
         cpus: cores that worker processes are pinned to, in turn; None leaves them to the system.
         nice: lowers the priority of worker processes.
-        deadline: seconds a result that is due is waited for before its worker is replaced; collectives of other ranks
-            must be allowed to wait at least three times as long.
+        deadline: seconds a result that is due is waited for before its worker is replaced. Other ranks wait meanwhile,
+            so it must be less than a third of ``collective_timeout``; None is 120, or a quarter of that where it is
+            less.
         max_restarts: worker processes that may be replaced before roots are computed in the training thread.
         max_failures: refreshes of one block that may fail in a row before every rank raises ``RefreshError``.
     """
@@ -44,7 +46,7 @@ class WorkerOptions:
     threads_per_worker: int = 1
     cpus: tuple[int, ...] | None = None
     nice: int = 0
-    deadline: float = 120.0
+    deadline: float | None = None
     max_restarts: int = 5
     max_failures: int = 5
 
@@ -59,7 +61,7 @@ class WorkerOptions:
         for name in ("nice", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"workers: {name}={getattr(self, name)}: must be at least 0")
-        if not self.deadline > 0:
+        if self.deadline is not None and not self.deadline > 0:
             raise ValueError(f"workers: deadline={self.deadline}: must be above zero seconds")
         if self.cpus is not None:
             object.__setattr__(self, "cpus", _parse_cpus(self.cpus))
@@ -76,6 +78,12 @@ class WorkerOptions:
             if key not in names:
                 raise ValueError(f"workers: unknown key {key!r}{nearest(key, names)}")
         return cls(**value)
+
+    def within(self, timeout: float | None) -> WorkerOptions:
+        """With a deadline, as far as it was left open, that collectives of other ranks can wait for."""
+        if self.deadline is not None:
+            return self
+        return replace(self, deadline=_DEADLINE if timeout is None else min(_DEADLINE, timeout / 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,7 @@ def make_executor(
         refresh_milliseconds: the estimated time of one refresh of every block this rank owns.
         refresh_delay: with 0 the step waits for the result anyway.
     """
+    deadline = options.within(None).deadline or _DEADLINE
     cores = max(1, available_cores() // machine.ranks)
     spare = cores - machine.trainer_cores - machine.data_workers
     waits = refresh_delay == 0
@@ -126,12 +135,12 @@ def make_executor(
     plural = "s" if kind == "thread" else "es"
     words = f"{count} {'background ' * (not waits)}{kind}{plural * (count > 1)} ({reason})"
     if kind == "thread":
-        return ThreadExecutor(count, options.deadline), words
+        return ThreadExecutor(count, deadline), words
     return (
         ProcessExecutor(
             count,
             threads=options.threads_per_worker,
-            deadline=options.deadline,
+            deadline=deadline,
             max_restarts=options.max_restarts,
             cpus=options.cpus,
             nice=options.nice,

@@ -74,7 +74,7 @@ def start_alike(model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in chain(model.parameters(), model.buffers()):
             if not tensor.is_meta:
-                transport.share(tensor)
+                transport.share(tensor, "rank 0's weights")
 
 
 def _inner_first(model: nn.Module) -> list[str]:

@@ -10,12 +10,14 @@ from lightning_soo.transport.process_group import (
     template_size,
     unpack_bytes,
 )
+from lightning_soo.transport.waiting import TransportError
 
 __all__ = [
     "AgreementError",
     "Arriving",
     "Pending",
     "Transport",
+    "TransportError",
     "agree",
     "entries_of",
     "pack_bytes",

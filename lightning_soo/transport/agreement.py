@@ -7,7 +7,7 @@ exchanged first, and a rank whose own preparation failed says so here instead of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any
@@ -44,7 +44,7 @@ def agree(
     listed = {name: [value] if isinstance(value, str) else list(value) for name, value in sections.items()}
     row = [int(error is not None)]
     row += [_hash("\n".join(entries)) for entries in listed.values()] if error is None else [0] * len(listed)
-    rows = transport.all_gather_integers(row)
+    rows = transport.all_gather_integers(row, f"the agreement on {', '.join(listed)}")
     failed = [rank for rank, other in enumerate(rows) if other[0]]
     if failed:
         if error is not None:
@@ -58,10 +58,19 @@ def agree(
 
 
 def entries_of(options: Any) -> list[str]:
-    """A dataclass of options as entries, one for each field, so that a difference is named by the field."""
-    if not is_dataclass(options):
-        return [repr(options)]
-    return [f"{entry.name}={_text(getattr(options, entry.name))}" for entry in fields(options)]
+    """A dataclass of options as entries, one for each field (``workers.deadline=5.0``): a difference is named by it."""
+    return [f"{name}={_text(value)}" for name, value in _fields(options, "")]
+
+
+def _fields(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from _fields(getattr(value, entry.name), f"{name}.{entry.name}" if name else entry.name)
+    elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+        for index, entry in enumerate(value):
+            yield from _fields(entry, f"{name}[{index}]")
+    else:
+        yield name, value
 
 
 def _text(value: Any) -> str:
@@ -73,7 +82,7 @@ def _first_difference(transport: Transport, entries: Sequence[str], other: int) 
     """The first entry in which a rank differs from rank 0; every rank gets both. Collective."""
     own = "\0".join(entries) if transport.rank in (0, other) else ""
     data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
-    received = [bytes(part.tolist()).decode() for part in transport.gather_bytes(data, None)]
+    received = [bytes(part.tolist()).decode() for part in transport.gather_bytes(data, None, "what differs")]
     first, theirs = (received[rank].split("\0") for rank in (0, other))
     for here, there in zip_longest(first, theirs, fillvalue="nothing"):
         if here != there:

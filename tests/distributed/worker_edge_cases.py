@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import Engine, Fsdp1Flat, Fsdp2, deviation, make_optimizer
+from engines import Engine, Fsdp1Flat, deviation, make_optimizer
 from launching import run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,29 +89,6 @@ def a_piece_is_missing(rank: int) -> None:
     assert isinstance(error, ValueError) and "'0.weight'" in str(error), error
 
 
-def a_gradient_is_missing_on_one_rank(rank: int) -> None:
-    """Rows without a gradient on one rank are rows of zeros: as in one process with those rows set to zero."""
-    name = "second.0.weight"
-    engine = Fsdp2({})
-    parameter = dict(engine.module.named_parameters())[name]
-    rows = parameter.to_local().shape[0]  # type: ignore[attr-defined]
-    assert rank > 0 or rows == 3
-    alone = Engine({})
-    whole = dict(alone.module.named_parameters())[name]
-
-    def lose(step: int) -> None:
-        if step % 3 == 1 and rank == 0:
-            parameter.grad = None
-
-    def zero(step: int) -> None:
-        if step % 3 == 1:
-            whole.grad[:3] = 0.0  # type: ignore[index]
-
-    engine.train(0, 12, rank, dist.get_world_size(), before_step=lose)
-    alone.train(0, 12, 0, 1, before_step=zero)
-    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
-
-
 def a_gradient_is_not_finite_on_one_rank(rank: int) -> None:
     """The step is skipped by all: as in a run without that batch."""
     engine, alone = Fsdp1Flat({}), Engine({})
@@ -125,28 +102,6 @@ def a_gradient_is_not_finite_on_one_rank(rank: int) -> None:
     alone.train(6, 12, 0, 1)
     assert engine.optimizer.skipped_steps == 1
     assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
-
-
-def more_ranks_than_units(rank: int) -> None:
-    """One block on three ranks, one of which holds no row of it."""
-    torch.manual_seed(0)
-    alone = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
-    model = sharded(nn.Sequential(nn.Linear(4, 2, bias=False)).double())
-    with torch.no_grad():
-        model[0].weight.copy_(distribute_tensor(alone[0].weight, model[0].weight.device_mesh, [Shard(0)]))  # type: ignore[index, union-attr]
-    assert rank < 2 or model[0].weight.to_local().numel() == 0  # type: ignore[index, union-attr]
-    optimizers = [make_optimizer(model, {}), make_optimizer(alone, {})]
-    optimizers[1].attach(engine="single")
-    for step in range(12):
-        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        for each in (model, alone):
-            each(x).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    plan = optimizers[0]._plan
-    assert plan is not None and len(plan.units) == 1 and plan.units[0].place.travels
-    assert (model[0].weight.full_tensor() - alone[0].weight).abs().max() <= 1e-9  # type: ignore[index, union-attr]
 
 
 def rank_deficient_statistics(rank: int) -> None:
@@ -213,9 +168,7 @@ if __name__ == "__main__":
             an_adapter_fails_on_one_rank,
             a_plan_differs_on_one_rank,
             a_piece_is_missing,
-            a_gradient_is_missing_on_one_rank,
             a_gradient_is_not_finite_on_one_rank,
-            more_ranks_than_units,
             rank_deficient_statistics,
             well_blocked_is_without_traffic,
             what_is_not_supported_is_named,

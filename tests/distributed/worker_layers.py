@@ -41,27 +41,6 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, torch.randn(12, 4, dtype=torch.float64, generator=generator)
 
 
-def a_module_does_not_run_on_one_rank(rank: int) -> None:
-    """It sends zeros, and its examples count."""
-    model = DistributedDataParallel(Branching(), find_unused_parameters=True)
-    alone = Branching()
-    optimizers = [KFAC(model, **options()), KFAC(alone, **options())]
-    optimizers[0].attach(model)
-    optimizers[1].attach(alone, "single")
-    through = [0, 2, 9, 10, 11]  # none of rank 1, whose examples are 4 to 7
-    own = slice(4 * rank, 4 * rank + 4)
-    for step in range(8):
-        x, y = batch(step)
-        here = [index - 4 * rank for index in through if index // 4 == rank]
-        nn.functional.mse_loss(model(x[own], here), y[own]).backward()
-        nn.functional.mse_loss(alone(x, through), y).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for mine, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        assert (mine - expected).abs().max() <= 1e-9 * expected.abs().max(), (mine, expected)
-
-
 def a_bad_number_on_one_rank(rank: int) -> None:
     """The step is skipped by all, and nobody's factors have seen it."""
     engine, alone = Ddp({"method": "kfac"}), Engine({"method": "kfac"})
@@ -143,7 +122,6 @@ def drawn_labels_differ_between_ranks(rank: int) -> None:
 if __name__ == "__main__":
     run_cases(
         [
-            a_module_does_not_run_on_one_rank,
             a_bad_number_on_one_rank,
             statistics_of_some_ranks,
             exact_statistics_of_the_outputs,
