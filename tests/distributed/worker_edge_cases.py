@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import Engine, Fsdp1Flat, Fsdp2, deviation, make_optimizer
+from engines import Engine, Fsdp2, deviation, make_optimizer
 from launching import run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,21 +112,6 @@ def a_gradient_is_missing_on_one_rank(rank: int) -> None:
     assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
 
 
-def a_gradient_is_not_finite_on_one_rank(rank: int) -> None:
-    """The step is skipped by all: as in a run without that batch."""
-    engine, alone = Fsdp1Flat({}), Engine({})
-
-    def spoil(step: int) -> None:
-        if step == 5 and rank == 2:
-            next(p for p in engine.model.parameters() if p.grad is not None and p.numel()).grad[0] = float("nan")  # type: ignore[index]
-
-    engine.train(0, 12, rank, dist.get_world_size(), before_step=spoil)
-    alone.train(0, 5, 0, 1)
-    alone.train(6, 12, 0, 1)
-    assert engine.optimizer.skipped_steps == 1
-    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
-
-
 def more_ranks_than_units(rank: int) -> None:
     """One block on three ranks, one of which holds no row of it."""
     torch.manual_seed(0)
@@ -214,7 +199,6 @@ if __name__ == "__main__":
             a_plan_differs_on_one_rank,
             a_piece_is_missing,
             a_gradient_is_missing_on_one_rank,
-            a_gradient_is_not_finite_on_one_rank,
             more_ranks_than_units,
             rank_deficient_statistics,
             well_blocked_is_without_traffic,
