@@ -31,6 +31,8 @@ class Layout:
             are still scaled; asked for before the first part moves.
         loss_divisor: for engines that scale the loss themselves: what they have divided it by.
         updates_model_later: whether the model has the new parameters only after the step, as masters are apart.
+        write_back: for engines whose fragments are masters apart from the model: gives the model what the fragments'
+            tensors hold, after they were overwritten in place. Collective. None: they are the model's own parameters.
         forget_gathered: for engines that gather parameters and keep some until a backward pass: lets go of the model's.
         gathered: a context in which the model computes with whole parameters, its own, and no collective of the engine
             runs in its passes: name -> parameter. None for engines that have no such state.
@@ -46,6 +48,7 @@ class Layout:
     pending_gradients: Callable[[], tuple[Mapping[int, Tensor], float]] | None = None
     loss_divisor: Callable[[], float] | None = None
     updates_model_later: bool = False
+    write_back: Callable[[], None] | None = None
     forget_gathered: Callable[[Any], None] | None = None
     gathered: Callable[[Any], AbstractContextManager[Mapping[str, Tensor]]] | None = None
 

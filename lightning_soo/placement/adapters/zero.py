@@ -80,6 +80,7 @@ def read_layout(groups: Sequence[dict[str, Any]], model: nn.Module | None, const
         pending_gradients=None if at_once else _pending(zero, flats, fragments, parts),
         loss_divisor=_loss_divisor(zero, model),
         updates_model_later=True,
+        write_back=_write_back(zero),
     )
 
 
@@ -164,6 +165,21 @@ def _loss_divisor(zero: Any, model: nn.Module | None) -> Callable[[], float]:
         return float(count) / float(getattr(zero, "loss_scale", 1.0))
 
     return read
+
+
+def _write_back(zero: Any) -> Callable[[], None]:
+    """As at the end of DeepSpeed's own step."""
+
+    def reassign() -> None:
+        zero.checkpoint_event_prologue()  # small parameters are kept whole between steps: let them go
+        for part in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(part)
+        zero.checkpoint_event_epilogue()  # and gather them from the new partitions
+
+    def update() -> None:
+        zero.update_lp_params()
+
+    return reassign if hasattr(zero, "fp32_partitioned_groups_flat") else update
 
 
 def _stage(zero: Any) -> int:
