@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from lightning_soo.optim.planned import PlannedOptimizer
 
 
+# of a torch optimizer that are its user's choice, as where it is taken over alive
+_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum", "dampening")
+
+
 def parameter_names_of(optimizer: PlannedOptimizer) -> list[tuple[str, tuple[int, ...]]]:
     """Name and whole shape of every parameter, in order."""
     layout = optimizer._layout or optimizer._read_layout()
@@ -75,7 +79,7 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
     }
     found = _rearranged(optimizer, {**state_dict, "state": state}, names, [name for name, _ in here])
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
-        own |= {name: given[name] for name in ("lr", "initial_lr", "weight_decay") if name in given}
+        own |= {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
     return found
 
 

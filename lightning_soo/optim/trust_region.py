@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.objective import Closure
 from lightning_soo.optim.radius_rules import RadiusRule
@@ -330,7 +331,16 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         return torch.tensor(loss)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: radius and counters are in the groups."""
+        """As torch's: radius and counters are in the groups.
+
+        Raises:
+            CheckpointError: the state of another optimizer.
+        """
+        if any("radius" not in group for group in state_dict.get("param_groups", [{}])):
+            raise CheckpointError(
+                f"this is not a state of {type(self).__name__}: its groups have no radius (the state of another "
+                "optimizer?)"
+            )
         super().load_state_dict(state_dict)
         self._rejected = None
         if self._layout is not None:
