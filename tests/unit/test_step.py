@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -66,44 +64,8 @@ def test_blocks_equal_parameters_of_their_own() -> None:
         torch.testing.assert_close(whole[i : i + 4, j : j + 3], part, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_continues(copied: Any) -> None:
-    net = model()
-    optimizer = Shampoo(net, **OPTIONS)
-    run(net, optimizer, 0, 6)
-    net2, optimizer2 = copied((net, optimizer))
-    run(net, optimizer, 6, 12)
-    run(net2, optimizer2, 6, 12)
-    assert torch.equal(values(net), values(net2))
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("lr", -1.0), ("betas", (1.0, 0.9)), ("betas", (0.9, 1.1)), ("precondition_frequency", 0),
-     ("start_preconditioning_step", 0), ("grafting", "adan"), ("eps", -1e-8)],
-)  # fmt: skip
-def test_bad_options_are_refused_with_their_value(option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=option.replace("[", r"\[")):
-        Shampoo([nn.Parameter(torch.zeros(3, 3))], **{option: value})
-
-
 def test_nothing_to_precondition_is_an_error_with_the_table() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
     with pytest.raises(ValueError, match="1-D"):
         Shampoo([parameter]).step()
-
-
-def test_a_group_added_later_and_unfreezing() -> None:
-    net = model()
-    net[3].weight.requires_grad_(False)
-    optimizer = Shampoo(list(net.named_parameters()), **OPTIONS)
-    run(net, optimizer, 0, 4)
-    net[3].weight.requires_grad_(True)
-    extra = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
-    optimizer.add_param_group({"params": [("extra", extra)], "lr": 0.1})
-    before = net[3].weight.clone()
-    extra.grad = torch.ones_like(extra)
-    run(net, optimizer, 4, 8)
-    assert not torch.equal(before, net[3].weight)
-    assert {"extra", "3.weight"} <= {p.name for p in optimizer.attach().parameters if p.units}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -49,23 +47,6 @@ def test_any_order_against_einsum(shape: tuple[int, ...]) -> None:
     assert np.abs(found - expected).max() <= 1e-9 * np.abs(expected).max()
 
 
-def test_scalars_vectors_and_empty_tensors_move_as_adamw_moves_them() -> None:
-    shapes = [(), (5,), (0, 4), (1, 1), (1, 6)]
-    rows = [[gradients(shape)[step] for shape in shapes] + [gradients((3, 3))[step]] for step in range(8)]
-    ours = [nn.Parameter(torch.ones(shape)) for shape in [*shapes, (3, 3)]]
-    adam = [nn.Parameter(torch.ones(shape)) for shape in shapes]
-    train(ours, rows, weight_decay=0.1)
-    reference = torch.optim.AdamW(adam, lr=0.1, weight_decay=0.1)
-    for row in rows:
-        for parameter, gradient in zip(adam, row, strict=False):
-            parameter.grad = gradient.float().clone()
-        reference.step()
-    for a, b in zip(ours[:3], adam, strict=False):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    # (1, 6) has one dimension above one and is preconditioned; (1, 1) has none
-    torch.testing.assert_close(ours[3], adam[3], rtol=1e-5, atol=1e-6)
-
-
 def test_vectors_are_preconditioned_on_request() -> None:
     parameter = nn.Parameter(torch.zeros(5, dtype=torch.float64))
     optimizer = train([parameter], [[g] for g in gradients((5,))], precondition_1d=True)
@@ -94,14 +75,3 @@ def test_compute_dtype_changes_only_rounding(compute: str) -> None:
         train([parameter], [[g] for g in gradients((6, 5))], compute_dtype=kind, preconditioner_eps=1e-2)
         found.append(parameter.detach())
     assert (found[0] - found[1]).abs().max() <= (0.02 if compute == "bfloat16" else 1e-5) * found[0].abs().max()
-
-
-def test_a_parameter_without_gradients_stands_still() -> None:
-    used, unused = (nn.Parameter(torch.ones(3, 3)) for _ in range(2))
-    optimizer = Shampoo([used, unused], lr=0.1, weight_decay=0.1, precondition_frequency=1, refresh_delay=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for gradient in gradients((3, 3)):
-            used.grad = gradient.float()
-            optimizer.step()
-    assert torch.equal(unused, torch.ones(3, 3)) and not torch.equal(used, torch.ones(3, 3))
