@@ -56,6 +56,19 @@ CASES = {
     ),
 }
 
+# number of ranks -> the case it goes on from, of how many ranks, and the case that goes on
+ACROSS: dict[int, list[tuple[str, int, str]]] = {
+    2: [],
+    1: [
+        ("zero-2 reordered", 2, "zero-3"),
+        ("zero-3", 2, "zero-0"),
+        ("zero-3 partitioned", 2, "zero-2"),
+        ("zero-2", 2, "BF16_Optimizer"),
+        ("zero-2 bf16 offloaded", 2, "zero-3 bf16 offloaded"),
+    ],
+    3: [("zero-0", 1, "zero-3"), ("zero-3", 1, "zero-2 reordered"), ("zero-1", 2, "zero-0")],
+}
+
 
 class Model(Net):
     """With a frozen parameter that no number of ranks divides, and a buffer."""
