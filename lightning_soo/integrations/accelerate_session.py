@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
+from lightning_soo.integrations.accelerate_checkpoints import AcceleratorCheckpoints
 from lightning_soo.integrations.accelerate_evaluation import ModelLoss, adapts_damping
-from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
 from lightning_soo.integrations.deepspeed_config import accept_optimizer, clipping_remark, find_second_order
 from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
@@ -41,12 +41,7 @@ class Session(OptimizerSession):
         # by what a trainer on top of Accelerate divides losses itself, if there is one
         self.loss_divisor: Callable[[], float] | None = None
         self._model_losses: WeakKeyDictionary[SecondOrderOptimizer, ModelLoss] = WeakKeyDictionary()
-        accelerator.register_save_state_pre_hook(
-            lambda models, weights, folder: save_preconditioners(accelerator, self.optimizers, folder)
-        )
-        accelerator.register_load_state_pre_hook(
-            lambda models, folder: load_preconditioners(accelerator, self.optimizers, folder)
-        )
+        self.checkpoints = AcceleratorCheckpoints(accelerator, lambda: self.optimizers)
         self._backward, self._end_training = accelerator.backward, accelerator.end_training
         accelerator.backward, accelerator.end_training = self.backward, self.end_training
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from lightning_soo.checkpoint.side_file import read_side_file, write_side_file
+import torch
+
+from lightning_soo.checkpoint import store
+from lightning_soo.checkpoint.side_file import read_side_file
+from lightning_soo.checkpoint_folders import check_checkpoint, load_checkpoint, save_checkpoint
 from lightning_soo.config import Config
+from lightning_soo.integrations import second_order_folder
 from lightning_soo.integrations.deepspeed_config import clipping_remark
+from lightning_soo.integrations.deepspeed_other_world import load_engine_without_optimizer
+from lightning_soo.integrations.deepspeed_state import (
+    FILE,
+    engine_counters,
+    engine_state,
+    read_state,
+    restore_counters,
+    restore_state,
+)
 from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
 
@@ -50,19 +64,28 @@ class EngineSession(OptimizerSession):
         save, load, destroy = engine.save_checkpoint, engine.load_checkpoint, engine.destroy
 
         @wraps(save)
-        def save_checkpoint(*arguments: Any, **options: Any) -> Any:
+        def save_with_ours(*arguments: Any, **options: Any) -> Any:
             given = _given(save, arguments, options)
             if given["save_dir"]:  # which DeepSpeed refuses otherwise
-                self._save(given["save_dir"], given["tag"])
+                self._save(given)
             return save(*arguments, **options)
 
         @wraps(load)
-        def load_checkpoint(*arguments: Any, **options: Any) -> Any:
+        def load_with_ours(*arguments: Any, **options: Any) -> Any:
             given = _given(load, arguments, options)
             tag = _latest(given["load_dir"]) if given["tag"] is None else given["tag"]
+            path = Path(given["load_dir"]) / str(tag)
+            if tag is not None and second_order_folder.is_there(path / second_order_folder.NAME):
+                if given["custom_load_fn"] is None:
+                    return self._take(path, given)
+                if not given["load_module_only"]:
+                    raise ValueError(
+                        f"custom_load_fn: the weights of {path} are in {second_order_folder.NAME}, which it cannot "
+                        "read: load without it, or with load_module_only=True"
+                    )
             result = load(*arguments, **options)
             if result[0] is not None and given["load_optimizer_states"] and not given["load_module_only"]:
-                self._load(given["load_dir"], tag)
+                self._load(path)
             return result
 
         @wraps(destroy)
@@ -73,7 +96,7 @@ class EngineSession(OptimizerSession):
             finally:
                 destroy()
 
-        engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+        engine.save_checkpoint, engine.load_checkpoint = save_with_ours, load_with_ours
         engine.destroy = close_and_destroy
 
     @property
@@ -111,20 +134,53 @@ class EngineSession(OptimizerSession):
         samples = engine.global_samples + engine.train_batch_size()
         engine.monitor.write_events([(name, value, samples) for name, value in figures.items()])
 
-    def _save(self, folder: str | os.PathLike[str], tag: Any) -> None:
-        """Before DeepSpeed writes the rest, so that its ``latest`` never names a checkpoint without this file."""
-        if not any(optimizer.is_sharded for optimizer in self.optimizers):
-            for optimizer in self.optimizers:  # stage 0: DeepSpeed saves the optimizer's own state, of rank 0
-                optimizer.consolidate(to=0)
-            return
-        path = Path(folder) / (f"global_step{self._engine().global_steps}" if tag is None else str(tag))
-        if self.is_first:
-            path.mkdir(parents=True, exist_ok=True)
-        write_side_file(self.optimizers, path, self.is_first)
+    def _save(self, given: Mapping[str, Any]) -> None:
+        """Before DeepSpeed writes its files, so that its ``latest`` never names a checkpoint without ours."""
+        engine = self._engine()
+        tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
+        state = engine_state(engine, given["client_state"])
+        save_checkpoint(
+            Path(given["save_dir"]) / tag / second_order_folder.NAME,
+            engine,
+            self.optimizers,
+            extra={"deepspeed": engine_counters(engine)},
+            files=lambda unfinished: torch.save(state, unfinished / FILE),
+        )
 
-    def _load(self, folder: str | os.PathLike[str], tag: Any) -> None:
+    def _take(self, path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """From our folder, whatever stage and number of ranks has written it.
+
+        Raises:
+            CheckpointError: it is damaged or of another model; nothing was changed, on any rank.
+        """
+        engine, folder = self._engine(), path / second_order_folder.NAME
+        with_optimizer = given["load_optimizer_states"] and not given["load_module_only"]
+        optimizers = self.optimizers if with_optimizer else []
+        strict = bool(given["load_module_strict"])
+        saved = second_order_folder.from_first_rank(partial(read_state, store.find(folder)))
+        client_state: dict[str, Any] | None = None
+        if saved["left_out"]:  # no plain data: from DeepSpeed's own files, which only fit the same stage
+            check_checkpoint(folder, engine, optimizers, strict=strict)
+            options = {name: given[name] for name in ("load_module_strict", "load_lr_scheduler_states")}
+            if engine.zero_optimization():
+                _, client_state = load_engine_without_optimizer(engine, path.parent, path.name, **options)
+            else:
+                load = type(engine).load_checkpoint
+                _, client_state = load(engine, path.parent, path.name, load_optimizer_states=False, **options)
+        _, extra = load_checkpoint(folder, engine, optimizers, strict=strict)
+        if not with_optimizer and engine.zero_optimization():
+            engine.optimizer._restore_from_bit16_weights()  # masters are what the weights are
+        if given["load_module_only"]:
+            restored = restore_state(engine, {"client_states": saved["client_states"]})
+        else:
+            restored = restore_state(engine, saved, schedulers=given["load_lr_scheduler_states"])
+            restore_counters(engine, extra.get("deepspeed"), sum(optimizer.steps for optimizer in self.optimizers))
+        return str(folder), restored if client_state is None else client_state
+
+    def _load(self, path: Path) -> None:
+        """The preconditioners of a checkpoint without a folder of ours, after DeepSpeed has loaded the rest."""
         if any(optimizer.is_sharded for optimizer in self.optimizers):
-            read_side_file(self.optimizers, Path(folder) / str(tag), self.is_first)
+            read_side_file(self.optimizers, path, self.is_first)
 
 
 def _given(function: Callable[..., Any], arguments: Any, options: Any) -> dict[str, Any]:

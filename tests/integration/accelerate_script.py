@@ -94,7 +94,8 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
         with FullyShardedDataParallel.summon_full_params(model):
             return {name: value.detach().clone() for name, value in model.module.state_dict().items()}
     if isinstance(model, FSDPModule):
-        return {name: value.full_tensor().detach() for name, value in model.state_dict().items()}
+        full = {name: getattr(value, "full_tensor", value.clone)() for name, value in model.state_dict().items()}
+        return {name: value.detach() for name, value in full.items()}
     if type(model).__name__ == "DeepSpeedEngine":
         import deepspeed
 

@@ -47,13 +47,26 @@ CASES = {
     "zero-1": Case(1, "shampoo"),
     "BF16_Optimizer": Case(1, "sonew", others={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
     "zero-2": Case(2, "sonew"),
-    "zero-2 reordered": Case(2, "shampoo", {"round_robin_gradients": True}),
+    "zero-2 reordered": Case(2, "shampoo", {"round_robin_gradients": True, "parameter_alignment": True}),
     "zero-2 bf16 offloaded": Case(2, "shampoo", {"offload_optimizer": OFFLOADED}, BF16),
     "zero-3": Case(3, "shampoo", {"sub_group_size": 20}),  # all parameters are small enough to be kept whole
     "zero-3 partitioned": Case(3, "sonew", {"sub_group_size": 10, "stage3_param_persistence_threshold": 10}),
     "zero-3 bf16 offloaded": Case(
         3, "shampoo", {"sub_group_size": 20, "offload_optimizer": OFFLOADED, "offload_param": OFFLOADED}, BF16
     ),
+}
+
+# number of ranks -> the case it goes on from, of how many ranks, and the case that goes on
+ACROSS: dict[int, list[tuple[str, int, str]]] = {
+    2: [],
+    1: [
+        ("zero-2 reordered", 2, "zero-3"),
+        ("zero-3", 2, "zero-0"),
+        ("zero-3 partitioned", 2, "zero-2"),
+        ("zero-2", 2, "BF16_Optimizer"),
+        ("zero-2 bf16 offloaded", 2, "zero-3 bf16 offloaded"),
+    ],
+    3: [("zero-0", 1, "zero-3"), ("zero-3", 1, "zero-2 reordered"), ("zero-1", 2, "zero-0")],
 }
 
 

@@ -112,7 +112,8 @@ def test_the_documented_script(tmp_path: Path) -> None:
     assert "1 of 64x64" in run.stdout
     first, second = (float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("epoch"))
     assert second < first / 2
-    assert (tmp_path / "checkpoints" / (tmp_path / "checkpoints" / "latest").read_text() / "second_order.bin").is_file()
+    saved = tmp_path / "checkpoints" / (tmp_path / "checkpoints" / "latest").read_text() / "second_order"
+    assert (saved / "manifest.json").is_file()
 
 
 GOOD: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""DeepSpeed at another number of ranks than a checkpoint was saved with: 2, 1 and 3 of them, as one plain loop."""
+"""DeepSpeed at another number of ranks than a checkpoint was saved with: 2, then 1, then 3, as one plain loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launching import torchrun
 
 pytest.importorskip("deepspeed")
 sys.path.insert(0, str(Path(__file__).parent))
-from other_world import ACCUMULATE, CASES, EPOCHS, METHODS, STEPS, plain_loop
+from other_world import ACCUMULATE, ACROSS, CASES, METHODS, STEPS, plain_loop
 
 from lightning_soo.integrations.deepspeed_other_world import saved_world_size
 
@@ -28,18 +28,22 @@ def test_every_stage(tmp_path: Path) -> None:
         (tmp_path / "2" / "zero-3" / "the_tag" / f"zero_pp_rank_2_mp_rank_00_{file}.pt").write_bytes(b"stale")
     torchrun(WORKER, 3, tmp_path)
     expected = {method: plain_loop(method) for method in METHODS}
-    for ranks in (1, 2, 3):
+    for ranks, earlier in {2: {0: 0}, 1: {2: 1}, 3: {2: 1, 1: 2}}.items():
         for rank in range(ranks):
             found = torch.load(tmp_path / f"found{ranks}-{rank}.pt", weights_only=True)
-            assert set(found) == set(CASES)
-            for name, (its_parameters, its_losses) in found.items():
-                parameters, losses = expected[CASES[name].method]
-                close = {"rtol": 0.05, "atol": 0.03} if CASES[name].is_half else {"rtol": 1e-5, "atol": 1e-5}
-                message = partial("{} of {}, {}: {}".format, rank, ranks, name)
-                epochs = {2: EPOCHS, 1: EPOCHS - 1, 3: 2 if CASES[name].stage == 3 else 1}[ranks]
-                assert len(its_losses) == epochs * STEPS * ACCUMULATE
-                torch.testing.assert_close(its_losses, losses[-len(its_losses) :], **close, msg=message)
-                torch.testing.assert_close(its_parameters, parameters, **close, msg=message)
+            assert set(found) == {*CASES, *(f"{source} -> {name}" for source, _, name in ACROSS[ranks])}
+            for name, runs in found.items():
+                case = CASES[name.rpartition("-> ")[2]]
+                parameters, losses = expected[case.method]
+                close = {"rtol": 0.05, "atol": 0.03} if case.is_half else {"rtol": 1e-5, "atol": 1e-5}
+                assert set(runs) == set(earlier) or name not in CASES
+                for before in runs:
+                    epochs = earlier[before]
+                    its_parameters, its_losses = runs[before]
+                    message = partial("{} of {} from {}, {}: {}".format, rank, ranks, before, name)
+                    rest = losses[epochs * STEPS * ACCUMULATE :]
+                    torch.testing.assert_close(its_losses, rest, **close, msg=message)
+                    torch.testing.assert_close(its_parameters, parameters, **close, msg=message)
 
 
 class Touches:

@@ -1,8 +1,9 @@
-"""One rank of a world of 1, 2 or 3: goes on from another world's checkpoint, and saves for the next."""
+"""One rank of a world of 1, 2 or 3: trains an epoch more than the worlds that have saved before, and saves."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from accelerate_script import ADAMW, CLIP, leave, whole
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from other_world import (
     ACCUMULATE,
+    ACROSS,
     CASES,
     EPOCHS,
     METHODS,
@@ -31,12 +33,15 @@ from other_world import (
 )
 from torch import nn
 
+from lightning_soo import CheckpointError
 from lightning_soo.integrations.deepspeed import initialize
 from lightning_soo.integrations.deepspeed_other_world import load_engine_without_optimizer, saved_world_size
 from lightning_soo.integrations.session import innermost
 
 TAG, SCALE = "the_tag", 4.0
-EPOCHS_BEFORE = {0: 0, 2: 1, 1: 2}  # number of ranks -> epochs after which they save; 0 is the start
+CLIENT = {"note": 0, "numbers": torch.ones(2)}
+EARLIER = {2: (0,), 1: (2,), 3: (2, 1)}  # number of ranks -> of the worlds that it goes on from; 0 is from the start
+EPOCHS_BEFORE = {0: 0, 2: 1, 1: 2}  # number of ranks -> epochs after which they save
 Store = dict[str, dict[str, torch.Tensor]]
 
 
@@ -170,7 +175,7 @@ def save(engine: Any, folder: Path) -> None:
     optimizer.consolidate(to=None)
     store = collect(engine)
     engine.module.saved_by.fill_(rank)
-    engine.save_checkpoint(str(folder), TAG, client_state={"note": rank, "numbers": torch.ones(2)})
+    engine.save_checkpoint(str(folder), TAG, client_state={**CLIENT, "note": rank})
     if rank == 0:
         steps = {member.name: float(count(engine, member)) for member in members(engine)}
         torch.save({"store": store, "blocks": optimizer.blocks_state_dict(), "steps": steps}, folder / "store.pt")
@@ -212,11 +217,78 @@ def load(engine: Any, case: Case, folder: Path, ranks: int) -> None:
     check_holds(engine, case, saved["store"], seed=0)
 
 
+def go_on(source: Case, case: Case, folder: Path, ranks: int) -> Any:
+    """An engine by its own ``load_checkpoint``, from a world of ``ranks`` at perhaps another stage."""
+    engine, rank, steps = build(case, 7), dist.get_rank(), EPOCHS_BEFORE[ranks] * STEPS
+    run_epoch(engine)  # it is no fresh one
+    path, client = engine.load_checkpoint(str(folder), TAG)
+    assert Path(path) == folder / TAG / "second_order"
+    theirs = rank if source.stage == 3 and rank < ranks else 0
+    assert client["note"] == theirs and torch.equal(client["numbers"], torch.ones(2)) and set(client) == set(CLIENT)
+    assert float(engine.module.saved_by) == 0
+    assert (engine.global_steps, engine.global_samples) == (steps, steps * MICRO_BATCH * ACCUMULATE)
+    assert engine.micro_steps == steps * ACCUMULATE and engine.skipped_steps == 0
+    assert engine.lr_scheduler.last_batch_iteration == steps - 1
+    if hasattr(engine.optimizer, "loss_scaler") and source.stage > 0:
+        assert engine.optimizer.loss_scale == SCALE
+    saved = torch.load(folder / "store.pt", weights_only=True)
+    assert innermost(engine.optimizer).steps == saved["blocks"]["steps"]
+    if source.is_half == case.is_half:
+        check_holds(engine, case, saved["store"], seed=0)
+    return engine
+
+
+def objects_of_the_client(out: Path) -> None:
+    """What is no plain data comes back at the stage at which it was saved, and not from our folder."""
+    saved = build(CASES["zero-2"], 0)
+    saved.save_checkpoint(str(out), TAG, client_state={"path": out})
+    for name, words in (("zero-2", None), ("zero-3 partitioned", "load it at the stage that it was saved at")):
+        engine = build(CASES[name], 7)
+        before = collect(engine)
+        if words is None:
+            assert engine.load_checkpoint(str(out), TAG)[1]["path"] == out
+        else:
+            with pytest.raises(FileNotFoundError, match=words):
+                engine.load_checkpoint(str(out), TAG)
+        unchanged = torch.equal(collect(engine)["first.weight"]["parameter"], before["first.weight"]["parameter"])
+        assert unchanged == (words is not None)
+        engine.destroy()
+    saved.destroy()
+
+
+def damage(out: Path) -> None:
+    """Refused on every rank, the model as it was; weights alone are taken, of any stage."""
+    rank, sound = dist.get_rank(), out / "1" / "zero-1"
+    bad = out / "bad"
+    if rank == 0:
+        shutil.copytree(sound, bad)
+        file = next((bad / TAG / "second_order").glob("__0_*.distcp"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    engine = build(CASES["zero-3"], 7)
+    before = collect(engine)
+    with pytest.raises(CheckpointError, match=r"damaged|cannot load this checkpoint"):
+        engine.load_checkpoint(str(bad), TAG)
+    after = collect(engine)
+    assert all(torch.equal(after[name]["parameter"], before[name]["parameter"]) for name in before)
+    assert engine.global_steps == 0
+    for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
+        engine.load_checkpoint(str(sound), TAG, **options)
+        expected = torch.load(sound / "store.pt", weights_only=True)["store"]
+        found = collect(engine)
+        assert all(torch.equal(found[name]["parameter"], expected[name]["parameter"]) for name in expected)
+        assert innermost(engine.optimizer).steps == 0
+        assert engine.global_steps == (0 if "load_module_only" in options else 2 * STEPS)
+    engine.destroy()
+
+
 def refusals(out: Path) -> None:
     """DeepSpeed's own, which is why all of this is needed, and ours."""
     engine, folder = build(CASES["zero-2"], 7), out / "2" / "zero-2"
     with pytest.raises(ZeRORuntimeException, match="used a DP world size of 2 but the current world size is 1"):
-        engine.load_checkpoint(str(folder), TAG)
+        type(engine).load_checkpoint(engine, str(folder), TAG)
     with pytest.raises(FileNotFoundError, match="load it at the stage that it was saved at"):
         load_engine_without_optimizer(engine, out / "2" / "zero-3", TAG)
     with pytest.raises(FileNotFoundError, match="is it a checkpoint of ZeRO"):
@@ -234,27 +306,39 @@ def main(out: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     ranks = dist.get_world_size()
-    found: dict[str, Any] = {}
+    found: dict[str, dict[int, Any]] = {name: {} for name in CASES}
     for name, case in CASES.items():
-        before = {2: 0, 1: 2, 3: 2 if case.stage == 3 else 1}[ranks]
-        seed = 7 if before else 0
-        engine = build(case, seed)
-        initial = collect(engine)
-        for store in (known_store(engine, case.method), initial):
-            overwrite(engine, store)
-            check_holds(engine, case, store, seed=seed)
-        if before:
-            load(engine, case, out / str(before) / name, before)
+        for before in EARLIER[ranks]:
+            seed = 7 if before else 0
+            engine = build(case, seed)
+            if before == EARLIER[ranks][0]:
+                initial = collect(engine)
+                for store in (known_store(engine, case.method), initial):
+                    overwrite(engine, store)
+                    check_holds(engine, case, store, seed=seed)
+            if before:
+                load(engine, case, out / str(before) / name, before)
+            losses = []
+            for epoch in range(EPOCHS_BEFORE[before], EPOCHS):
+                losses += run_epoch(engine)
+                if epoch + 1 == EPOCHS_BEFORE.get(ranks):
+                    save(engine, out / str(ranks) / name)
+                after_epoch(innermost(engine.optimizer))
+            found[name][before] = whole(engine), losses
+            engine.destroy()
+    for source, before, name in ACROSS[ranks]:
+        engine = go_on(CASES[source], CASES[name], out / str(before) / source, before)
         losses = []
-        for epoch in range(EPOCHS_BEFORE[before], EPOCHS):
+        for _ in range(EPOCHS_BEFORE[before], EPOCHS):
             losses += run_epoch(engine)
-            if epoch + 1 == EPOCHS_BEFORE.get(ranks):
-                save(engine, out / str(ranks) / name)
             after_epoch(innermost(engine.optimizer))
-        found[name] = whole(engine), losses
+        found[f"{source} -> {name}"] = {before: (whole(engine), losses)}
         engine.destroy()
     if ranks == 1:
         refusals(out)
+        objects_of_the_client(out / "objects")
+    if ranks == 3:
+        damage(out)
     torch.save(found, out / f"found{ranks}-{dist.get_rank()}.pt")
 
 
