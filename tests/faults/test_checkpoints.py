@@ -90,10 +90,15 @@ def test_row_09_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Pat
     restart = ["--max-restarts=2", *("--standalone", "--nproc_per_node=2")]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *restart, HERE / "restarted.py", tmp_path / "killed", "killed"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": TESTS,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else gloo finds the addresses of ranks that are gone, and waits
+        },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -174,7 +179,7 @@ def test_row_23_killed_at_a_moment_of_saving(tmp_path: Path, moment: str, found:
 
 def test_row_23_killed_at_any_time_leaves_the_last_or_the_one_before(tmp_path: Path) -> None:
     draw = random.Random(0)
-    for attempt in range(4):
+    for attempt in range(3):
         run = saving(tmp_path / "checkpoint", "never")
         assert run.stdout is not None
         said = int(run.stdout.readline())
