@@ -54,6 +54,13 @@ class PortableCheckpoints(ParallelStrategy):
         """Weights and optimizers are loaded together, or not at all."""
         return True
 
+    def engine_state(self) -> dict[str, Any]:
+        """What the engine itself counts: plain data, saved with the optimizers."""
+        return {}
+
+    def restore_engine_state(self, saved: Mapping[str, Any]) -> None:
+        """After the optimizers were loaded; ``saved`` is what :meth:`engine_state` of any engine gave."""
+
     # Lightning calls all of these on every rank
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -85,10 +92,12 @@ class PortableCheckpoints(ParallelStrategy):
         rest = {name: value for name, value in checkpoint.items() if name not in _OURS}
         if self.asynchronous_checkpoints and self._saver is None:
             self._saver = store.BackgroundSaver()
+        with_optimizers = "optimizer_states" in checkpoint
         save_checkpoint(
             folder,
             self.model,
-            self.second_order_optimizers if "optimizer_states" in checkpoint else (),
+            self.second_order_optimizers if with_optimizers else (),
+            extra=self.engine_state() if with_optimizers else {},
             background=self._saver,
             files=lambda unfinished: torch.save(rest, unfinished / TRAINER_FILE),
         )
@@ -123,7 +132,9 @@ class PortableCheckpoints(ParallelStrategy):
 
     def _take(self, source: Source, rest: Mapping[str, Any]) -> dict[str, Any]:
         assert self.model is not None
-        load_checkpoint(source, self.model, self.second_order_optimizers if self._is_fitting else ())
+        _, saved = load_checkpoint(source, self.model, self.second_order_optimizers if self._is_fitting else ())
+        if self._is_fitting:
+            self.restore_engine_state(saved)
         kept = {name: value for name, value in rest.items() if name not in _OURS}
         return {**kept, "state_dict": {}, "optimizer_states": [], _LOADED: True}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
+from lightning_soo.integrations.deepspeed_state import engine_counters, restore_counters
 from lightning_soo.strategies.deepspeed_config import (
     NumberedDevice,
     prepare_accelerator,
@@ -38,6 +40,13 @@ class SecondOrderDeepSpeedStrategy(NumberedDevice, SecondOrderStrategyMixin, Dee
     @property
     def writes_folders(self) -> bool:
         return True
+
+    def engine_state(self) -> dict[str, Any]:
+        return {"deepspeed": engine_counters(self.deepspeed_engine)}
+
+    def restore_engine_state(self, saved: Mapping[str, Any]) -> None:
+        steps = sum(optimizer.steps for optimizer in self.second_order_optimizers)
+        restore_counters(self.deepspeed_engine, saved.get("deepspeed"), steps)
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,16 @@ from lightning_soo.checkpoint.pieces import whole
 from lightning_soo.checkpoint.sources import FolderSource, read_file
 from lightning_soo.checkpoint.store import is_store
 
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 WORKER = Path(__file__).parent / "trainer_worlds.py"
 # one world after the other; what a world reads was written before it
 WORLDS = [
     (2, ["fsdp2", "ddp", "fsdp", "fsdp-sharded", "fsdp2:auto-1", "fsdp:auto-1", "ddp:fsdp2-2"]),
     (3, ["fsdp2:fsdp2-2", "fsdp:fsdp2-2", "ddp:ddp-2", "fsdp2:ddp-2", "stock-ddp:fsdp-sharded-2", "ddp:fsdp-2"]),
 ]
+if HAS_DEEPSPEED:
+    WORLDS[0][1].extend(["zero2", "zero3:ddp-2"])
+    WORLDS[1][1].extend(["zero3:zero2-2", "fsdp2:zero2-2", "zero2:fsdp2-2"])
 
 
 def weights(path: Path) -> dict[str, Tensor]:

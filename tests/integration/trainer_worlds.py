@@ -38,6 +38,10 @@ class Model(L.LightningModule):
         self.frozen.requires_grad_(False)
         self.norm.eval()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        counted = getattr(self.trainer.model, "global_steps", None)  # DeepSpeed's
+        assert counted in (None, self.trainer.global_step)
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         inputs, targets = (one[rank * BATCH // ranks : (rank + 1) * BATCH // ranks] for one in batch)
@@ -74,7 +78,10 @@ def make_strategy(engine: str, **options: Any) -> Any:
         kind = "sharded" if engine == "fsdp-sharded" else "full"
         # one unit: the tied weight has to be in one
         return strategies.SecondOrderFSDPStrategy(use_orig_params=True, state_dict_type=kind, **options)
-    return strategies.SecondOrderDeepSpeedStrategy(stage=int(engine[-1]), **options)
+    ranks = int(os.environ["WORLD_SIZE"])
+    return strategies.SecondOrderDeepSpeedStrategy(
+        stage=int(engine[-1]), logging_batch_size_per_gpu=BATCH // ranks, **options
+    )
 
 
 def fit(
