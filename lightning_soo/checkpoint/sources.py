@@ -173,7 +173,7 @@ def _optimizer(
             else:
                 counters[name][field] = value
     groups = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        {key: value for key, value in group.items() if key not in ("params", "param_names", "second_order")}
         for group in state["param_groups"]
     ]
     owners = [group for group, row in enumerate(state["param_groups"]) for _ in row["params"]]

@@ -41,10 +41,15 @@ def shapes_in(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return found
 
 
-def by_position(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """The state as of this optimizer's parameters: what was taken by name at their own places, nothing of others."""
-    saved_names = list(state_dict["second_order"]["names"])
-    return _rearranged(optimizer, state_dict, saved_names, taken)
+def by_position(
+    optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], names: Sequence[str], taken: Collection[str]
+) -> dict[str, Any]:
+    """The state as of this optimizer's parameters: what was taken by name at their own places, nothing of others.
+
+    Args:
+        names: of the parameters in the state, in the order of its groups.
+    """
+    return _rearranged(optimizer, state_dict, names, taken, with_options=True)
 
 
 def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: LoadReport) -> dict[str, Any]:
@@ -77,14 +82,21 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
         number: {field: value for field, value in moments.items() if field in kept}
         for number, moments in state_dict["state"].items()
     }
-    found = _rearranged(optimizer, {**state_dict, "state": state}, names, [name for name, _ in here])
+    found = _rearranged(
+        optimizer, {**state_dict, "state": state}, names, [name for name, _ in here], with_options=False
+    )
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
         own |= {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
     return found
 
 
 def _rearranged(
-    optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], names: Sequence[str], taken: Collection[str]
+    optimizer: PlannedOptimizer,
+    state_dict: Mapping[str, Any],
+    names: Sequence[str],
+    taken: Collection[str],
+    *,
+    with_options: bool,
 ) -> dict[str, Any]:
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     by_name = {name: state_dict["state"].get(number) for name, number in zip(names, numbers, strict=False)}
@@ -96,7 +108,7 @@ def _rearranged(
         given = state_dict["param_groups"][min(index, len(state_dict["param_groups"]) - 1)]
         places = list(range(position, position + len(group["params"])))
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        if "second_order" in state_dict:
+        if with_options:
             options |= {name: value for name, value in given.items() if name not in ("params", "param_names")}
         groups.append({**options, "params": places})
         for place in places:

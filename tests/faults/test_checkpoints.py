@@ -94,7 +94,7 @@ def test_row_09_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path: Pat
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": TESTS,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else gloo finds the addresses of ranks that are gone, and waits
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else gloo finds addresses of ranks that are gone
         },
         capture_output=True,
         text=True,
