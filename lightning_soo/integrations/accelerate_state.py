@@ -53,27 +53,24 @@ def parts_of(models: Sequence[nn.Module], optimizers: Sequence[SecondOrderOptimi
     return parts
 
 
-def save_parts(parts: Sequence[Part], folder: str | Path, extra: Mapping[str, Any]) -> None:
+def save_parts(
+    parts: Sequence[Part], folder: str | Path, extra: Mapping[str, Any] | None = None, *, frozen: bool = True
+) -> None:
     """Write ``second_order``, of further models ``second_order_1`` and so on. Collective.
 
     Args:
         extra: plain data that :func:`load_parts` returns.
+        frozen: whether weights that are not trained are written too.
 
     Raises:
         CheckpointError: parameters that no rank has given, or twice.
     """
     for path, part in _named(parts, folder):
-        if part.engine is None:
-            save_checkpoint(path, part.model, part.optimizers, extra=extra)
-            continue
-        state = deepspeed_state.engine_state(part.engine, {})
-        save_checkpoint(
-            path,
-            part.model,
-            part.optimizers,
-            extra={**extra, "deepspeed": deepspeed_state.engine_counters(part.engine)},
-            files=partial(_write, state),
-        )
+        told, files = dict(extra or {}), None
+        if part.engine is not None:
+            told["deepspeed"] = deepspeed_state.engine_counters(part.engine)
+            files = partial(_write, deepspeed_state.engine_state(part.engine, {}))
+        save_checkpoint(path, part.model, part.optimizers, extra=told, files=files, frozen=frozen)
 
 
 def check_parts(parts: Sequence[Part], folder: str | Path, *, strict: bool = True) -> None:

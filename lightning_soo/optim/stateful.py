@@ -80,7 +80,8 @@ class StatefulOptimizer(PlannedOptimizer):
         if not isinstance(saved, Mapping):
             raise CheckpointError(
                 f"this is not a state of {type(self).__name__}: the key 'second_order' is missing (the state of "
-                "another optimizer? load_state_dict(..., adopt=True) takes the moments of a torch optimizer)"
+                "another optimizer? load_state_dict(..., adopt=True), or the key adopt: true of a configuration, takes "
+                "the moments of a torch optimizer)"
             )
         shapes = shapes_in(state_dict, list(saved.get("names", ())))
         blocks = self._fitting(saved, shapes, report)
@@ -137,8 +138,8 @@ class StatefulOptimizer(PlannedOptimizer):
     def _refuse_missing_blocks(self) -> None:
         raise RuntimeError(
             "this optimizer's moments were loaded from a checkpoint, but its preconditioners were not: load them with "
-            "optimizer.load_blocks(...) (the SecondOrder callback and our strategies do), or call "
-            "optimizer.restart_blocks() to collect them anew"
+            "optimizer.load_blocks(...) (the SecondOrder callback and our strategies do), or collect them anew: adopt: "
+            "true in the configuration, or optimizer.restart_blocks()"
         )
 
     def _fitting(self, saved: Mapping[str, Any], shapes: Mapping[str, Any], report: LoadReport) -> Mapping[str, Any]:
