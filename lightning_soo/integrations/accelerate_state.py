@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from lightning_soo.checkpoint import store
+from lightning_soo.checkpoint.errors import CheckpointError
+from lightning_soo.checkpoint.side_file import FILE as SIDE_FILE
 from lightning_soo.checkpoint.side_file import read_side_file, write_side_file
 from lightning_soo.checkpoint_folders import check_checkpoint, load_checkpoint, save_checkpoint
 from lightning_soo.integrations import deepspeed_state, second_order_folder
@@ -146,6 +148,21 @@ def load_preconditioners(accelerator: Any, optimizers: Sequence[SecondOrderOptim
     """After an engine that shards has loaded its part: hand the file's content to every rank. Collective."""
     if any(optimizer.is_sharded for optimizer in optimizers):
         read_side_file(optimizers, folder, accelerator.is_main_process)
+
+
+def refuse_first_order(accelerator: Any, folder: str | Path) -> None:
+    """Before FSDP loads a checkpoint without anything of second order, of which it would say what keys it misses.
+
+    Raises:
+        CheckpointError: there is none; on every rank.
+    """
+    if str(accelerator.distributed_type.value) != "FSDP":
+        return  # the optimizer says so
+    if not second_order_folder.from_first_rank((Path(folder) / SIDE_FILE).is_file):
+        raise CheckpointError(
+            f"{folder} is of a first-order run: adopt: true takes its moments in one process, under DDP and ZeRO, but "
+            "not under FSDP, which cannot load what another optimizer has saved"
+        )
 
 
 def _named(parts: Sequence[Part], folder: str | Path) -> list[tuple[Path, Part]]:

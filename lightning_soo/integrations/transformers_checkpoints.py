@@ -21,6 +21,7 @@ from lightning_soo.integrations.accelerate_state import (
     load_parts,
     load_preconditioners,
     parts_of,
+    refuse_first_order,
     save_parts,
     save_preconditioners,
 )
@@ -92,9 +93,12 @@ def install_checkpoints(asks: Callable[[Any], bool]) -> None:
                 f"{waits} has its weights and moments in {NAME}, but the optimizer of this Trainer is no second-order "
                 "one of its model"
             )
+        is_ours = bool(optimizers) and checkpoint is not None
+        if is_ours and any(Path(str(checkpoint)).glob("optimizer*")):  # with weights alone optimizers start anew
+            refuse_first_order(self.accelerator, str(checkpoint))
         load(self, checkpoint)
-        if optimizers and checkpoint is not None:
-            load_preconditioners(self.accelerator, optimizers, checkpoint)
+        if is_ours:
+            load_preconditioners(self.accelerator, optimizers, str(checkpoint))
 
     Trainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
     Trainer._load_from_checkpoint = load_from_checkpoint

@@ -15,6 +15,8 @@ from lightning_soo.optim.grafting import MOMENTS
 if TYPE_CHECKING:
     from lightning_soo.optim.planned import PlannedOptimizer
 
+_KEPT = ("lr", "initial_lr", "weight_decay")  # of the groups of an optimizer whose state is adopted
+
 
 def parameter_names_of(optimizer: PlannedOptimizer) -> list[tuple[str, tuple[int, ...]]]:
     """Name and whole shape of every parameter, in order."""
@@ -75,8 +77,23 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
     }
     found = _rearranged(optimizer, {**state_dict, "state": state}, names, [name for name, _ in here])
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
-        own |= {name: given[name] for name in ("lr", "initial_lr", "weight_decay") if name in given}
+        own |= {name: given[name] for name in _KEPT if name in given}
     return found
+
+
+def is_of_another(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any]) -> bool:
+    """Whether the groups of a state lack settings of this optimizer, as those of a torch optimizer do."""
+    pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+    return any(set(own) - set(saved) - {"param_names", "initial_lr"} for own, saved in pairs)
+
+
+def with_own_options(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A torch optimizer's state as an engine has divided it, with this optimizer's settings in its groups."""
+    groups = []
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        options = {name: value for name, value in own.items() if name != "params"}
+        groups.append({**options, **{name: saved[name] for name in ("params", *_KEPT) if name in saved}})
+    return {**state_dict, "param_groups": groups}
 
 
 def _rearranged(

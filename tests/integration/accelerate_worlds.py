@@ -189,6 +189,32 @@ def earlier_format(engine: str, out: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
 
+def first_order(engine: str, out: Path) -> None:
+    """A checkpoint of AdamW's own is taken where that is asked for, and refused otherwise."""
+    plain = Run(engine, 0, None)
+    plain.epoch()
+    folder = out / f"first order {engine}"
+    plain.save(folder)
+    plain.epoch()
+    run = Run(engine, 7)
+    try:
+        run.accelerator.load_state(str(folder))
+        run.epoch()
+    except (CheckpointError, RuntimeError) as error:
+        assert "adopt: true" in str(error), error
+    else:
+        raise AssertionError("moments without preconditioners were taken silently")
+    if engine == "fsdp2":
+        return
+    # without a preconditioner the moments alone decide: the run is AdamW's own
+    run = Run(engine, 7, {"method": "shampoo", "start_preconditioning_step": 1000, "adopt": True})
+    run.accelerator.load_state(str(folder))
+    run.epoch()
+    expected, found = plain.state(), run.state()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
 def perform(out: Path, tasks: list[str]) -> None:
     """Args: tasks: ``engine:name:source`` goes on from ``source``; ``function:engine`` calls it."""
     for task in tasks:
