@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def save_preconditioners(
     main process, or with ``on_each_node`` by one of each machine (None is what the accelerator is configured to do).
     Engines that shard get a file beside the others.
     """
+    if accelerator.is_main_process:  # of an earlier save, which would be taken for this one
+        shutil.rmtree(Path(folder) / second_order_folder.NAME, ignore_errors=True)
     if any(optimizer.is_sharded for optimizer in optimizers):
         write_side_file(optimizers, folder, accelerator.is_main_process)
         return

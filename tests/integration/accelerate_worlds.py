@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate_script import ADAMW, CLIP, leave, whole
 from other_world import ACCUMULATE, EPOCHS, MICRO_BATCH, Model, make_rows
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import CheckpointError
@@ -168,6 +169,18 @@ def refusals(engine: str, out: Path) -> None:
     refused(run, out / "damaged", "damaged")
     refused(run, out / "interrupted", "saving was interrupted")
     refused(run, out / "incomplete", "the file is missing")
+    if engine == "ddp":
+        apart = out / f"disk of {run.accelerator.process_index}"
+        try:
+            run.accelerator.save_state(str(apart))
+        except CheckpointException as error:
+            assert "on a disk that all machines share" in str(error), error
+        else:
+            raise AssertionError("a checkpoint was saved in parts on several disks")
+        if run.accelerator.is_main_process:
+            shutil.copytree(sound / "second_order", apart / "second_order")
+        run.accelerator.wait_for_everyone()
+        refused(run, apart, "on a disk that all machines share")
     refused(Run(engine, 7, {"method": "soap"}), sound, "the checkpoint is of a Shampoo")
 
 
