@@ -17,9 +17,10 @@ HEAD = """# Every option
 
 Written by `docs/write_options.py` from the docstrings of the classes. The same names are arguments of the class, of
 `SecondOrder(method, ...)`, and keys of `soo.yaml`, of a DeepSpeed configuration's `"soo"` and of a line such as
-`method=shampoo,precondition_frequency=50`; beside them stand `method` and `monitor` (steps between two records of
-`diagnostics()` in the trackers). `lightning-soo config soo.yaml` prints the values a configuration comes to. Where an
-AdamW, Adam or SGD is taken over, its learning rate, betas, eps, weight decay and momentum stay.
+`method=shampoo,precondition_frequency=50`; beside them stand `method`, `monitor` (steps between two records of
+`diagnostics()` in the trackers) and `adopt: true` (a checkpoint of AdamW or SGD is taken: its moments go on,
+preconditioners start anew; otherwise it is refused). `lightning-soo config soo.yaml` prints the values a configuration
+comes to. Where an AdamW, Adam or SGD is taken over, its learning rate, betas, eps, weight decay and momentum stay.
 
 What other implementations call them: [migration](migration.md). Which to touch: [tuning](tuning.md).
 """

@@ -32,6 +32,7 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     background: store.BackgroundSaver | None = None,
     files: Callable[[Path], None] | None = None,
+    frozen: bool = True,
 ) -> None:
     """Write weights, moments, preconditioners and refreshes in flight to a folder, each rank its own part. Collective.
 
@@ -44,6 +45,8 @@ def save_checkpoint(
         extra: plain data (numbers, strings, lists, dictionaries) to be returned by :func:`load_checkpoint`; rank 0's.
         background: saves while training goes on, at the price of a copy of this rank's part.
         files: called on rank 0 with the unfinished folder, to write further files into it.
+        frozen: False leaves out weights that are not trained, of a pretrained model with adapters for instance: whoever
+            loads the checkpoint has to have them already.
 
     Raises:
         CheckpointError: parameters that no rank has given, or twice.
@@ -58,8 +61,9 @@ def save_checkpoint(
         contents.append(content)
         pieces += given
     known = {name for content in contents for name in content["parameters"]}
-    weights, shapes = give_weights(model, known, transport)
-    content = {"optimizers": contents, "weights": shapes, "extra": dict(extra or {}) if transport.rank == 0 else {}}
+    weights, shapes = give_weights(model, known, transport, frozen=frozen)
+    told = dict(extra or {}) if transport.rank == 0 else {}
+    content = {"optimizers": contents, "weights": shapes, "extra": told, "frozen": frozen}
     options: dict[str, Any] = {"files": files if transport.rank == 0 else None}
     if background is not None:
         background.save(folder, _once(pieces + weights), content, **options)
@@ -152,7 +156,7 @@ def _wanted(
         for number, (optimizer, content) in enumerate(zip(optimizers, contents, strict=True))
     ]
     known = {spec.name for optimizer in optimizers if optimizer._layout for spec in optimizer._layout.specs}
-    found.append(want_weights(model, known, source.arrays, report))
+    found.append(want_weights(model, known, source.arrays, report, frozen=source.content.get("frozen", True)))
     if strict:
         report.refuse()
     return found

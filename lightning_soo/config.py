@@ -20,6 +20,7 @@ from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import METHODS, check_method, instead_of, take_over
 
 ENVIRONMENT_VARIABLE = "SOO_CONFIG"
+_OWN = ("method", "monitor", "adopt")  # keys that are no option of a method
 Source = str | os.PathLike[str] | Mapping[str, Any] | None
 
 
@@ -32,6 +33,8 @@ class Config:
         options: what the constructor of the method's class takes (:class:`lightning_soo.Shampoo`, ``SOAP``, ``SONew``,
             ``KFAC``), ``overrides`` and ``workers`` among them.
         monitor: optimizer steps between two records of ``diagnostics()`` in the trackers; None is never.
+        adopt: whether a checkpoint of a first-order run (AdamW, SGD) is taken: its moments go on, preconditioners start
+            anew.
         source: where it was read, for messages.
 
     Raises:
@@ -41,6 +44,7 @@ class Config:
     method: str = "shampoo"
     options: Mapping[str, Any] = field(default_factory=dict)
     monitor: int | None = None
+    adopt: bool = False
     source: str = field(default="the configuration", compare=False)
 
     def __post_init__(self) -> None:
@@ -48,12 +52,14 @@ class Config:
             raise ValueError(f"{self.source}: method={self.method!r}{instead_of(str(self.method))}")
         if self.monitor is not None and (type(self.monitor) is not int or self.monitor < 1):
             raise ValueError(f"{self.source}: monitor={self.monitor!r}: must be a whole number of at least 1, or None")
+        if type(self.adopt) is not bool:
+            raise ValueError(f"{self.source}: adopt={self.adopt!r}: must be true or false")
         known = option_defaults(self.method)
         for key in self.options:
             if key not in known:
                 others = [name for name in METHODS if name != self.method and key in option_defaults(name)]
                 hint = f"; it is an option of method {others[0]!r}" if others else ""
-                suggestion = hint or nearest(str(key), [*known, "method", "monitor"])
+                suggestion = hint or nearest(str(key), [*known, *_OWN])
                 raise ValueError(f"{self.source}: method {self.method!r} has no option {key!r}{suggestion}")
         try:
             check_method(self.method, self.options)
@@ -65,12 +71,12 @@ class Config:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the configuration") -> Config:
-        """From flat keys: ``method``, ``monitor`` and the method's options."""
+        """From flat keys: ``method``, ``monitor``, ``adopt`` and the method's options."""
         for key in mapping:
             if not isinstance(key, str):
                 raise ValueError(f"{source}: {key!r} is not a name")
-        options = {key: value for key, value in mapping.items() if key not in ("method", "monitor")}
-        given = {key: mapping[key] for key in ("method", "monitor") if key in mapping}
+        options = {key: value for key, value in mapping.items() if key not in _OWN}
+        given = {key: mapping[key] for key in _OWN if key in mapping}
         return cls(options=options, source=source, **given)
 
     def resolved(self) -> dict[str, Any]:
@@ -80,7 +86,8 @@ class Config:
         the defaults.
         """
         values = {**option_defaults(self.method), **self.options}
-        return {"method": self.method, "monitor": self.monitor, **{key: _plain(value) for key, value in values.items()}}
+        own = {key: getattr(self, key) for key in _OWN}
+        return {**own, **{key: _plain(value) for key, value in values.items()}}
 
     def _culprit(self) -> str | None:
         """The option that is refused by itself."""
@@ -143,9 +150,12 @@ def from_config(
     """
     config = source if isinstance(source, Config) else load_config(source)
     if optimizer is None:
-        return METHODS[config.method](params_or_model, **config.options)
-    model = params_or_model if isinstance(params_or_model, nn.Module) else None
-    return take_over(optimizer, config.method, dict(config.options), model)
+        found = METHODS[config.method](params_or_model, **config.options)
+    else:
+        model = params_or_model if isinstance(params_or_model, nn.Module) else None
+        found = take_over(optimizer, config.method, dict(config.options), model)
+    found.adopts = config.adopt
+    return found
 
 
 def option_defaults(method: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.checkpoint.manifest import Array, Chunk, Manifest, digest, dtype_name, join
 from lightning_soo.checkpoint.pieces import Piece
 
@@ -149,6 +150,12 @@ class ManifestWriter(FileSystemWriter):
             numel = torch.Size(shape).numel()
             arrays[key] = Array(shape, dtype_name(dtype), join(chunks.get(key, ()), key, numel))
         sizes = {path.name: {"size": path.stat().st_size} for path in sorted(self._folder.iterdir())}
+        elsewhere = {chunk.file for array in arrays.values() for chunk in array.chunks} - set(sizes)
+        if elsewhere:
+            raise CheckpointError(
+                f"{self._folder} has no {min(elsewhere)}, which another rank has written: all ranks have to save to "
+                "the same folder, on a disk that all machines share"
+            )
         manifest = Manifest(
             arrays=arrays, content=self._planner.merged, world_size=self._planner.world_size, files=sizes
         )

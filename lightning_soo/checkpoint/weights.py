@@ -20,20 +20,21 @@ MODEL, BUFFER = "model/", "buffer/"
 
 
 def give_weights(
-    model: nn.Module, known: Collection[str], transport: Transport
+    model: nn.Module, known: Collection[str], transport: Transport, *, frozen: bool = True
 ) -> tuple[list[Piece], dict[str, list[int]]]:
     """Pieces of what no optimizer gives, and the shapes of all of it. Collective.
 
     Args:
         known: names of the optimizers' parameters.
+        frozen: whether those that are not trained are given too.
     """
     pieces, shapes = [], {}
-    for name, parameter in _partitioned(model, known).items():
+    for name, parameter in _partitioned(model, known, frozen).items():
         with _gathered(parameter):
             shapes[name] = tuple(parameter.shape)
             if transport.rank == 0:
                 pieces.append(whole(f"{MODEL}{name}", parameter.detach().clone()))
-    fragments = _fragments(model, known)
+    fragments = _fragments(model, known, frozen)
     if fragments:  # as many on every rank
         rows = transport.all_gather_integers([edge for one in fragments for edge in (one.start, one.stop)])
         for index, fragment in enumerate(fragments):
@@ -46,15 +47,26 @@ def give_weights(
     return pieces, {name: list(shape) for name, shape in shapes.items()}
 
 
-def want_weights(model: nn.Module, known: Collection[str], arrays: Mapping[str, Array], report: LoadReport) -> Wanted:
-    """Where the rest of the weights goes. Local."""
+def want_weights(
+    model: nn.Module,
+    known: Collection[str],
+    arrays: Mapping[str, Array],
+    report: LoadReport,
+    *,
+    frozen: bool = True,
+) -> Wanted:
+    """Where the rest of the weights goes. Local.
+
+    Args:
+        frozen: whether the checkpoint has those that are not trained; otherwise they stay as they are.
+    """
     pieces, gathered = [], []
-    for name, parameter in _partitioned(model, known).items():
+    for name, parameter in _partitioned(model, known, frozen).items():
         if _fits(name, tuple(parameter.ds_shape), arrays.get(f"{MODEL}{name}"), report):  # type: ignore[attr-defined]
             value = torch.empty(parameter.ds_shape, dtype=parameter.dtype)  # type: ignore[attr-defined]
             gathered.append((parameter, value))
             pieces.append(whole(f"{MODEL}{name}", value))
-    for fragment in _fragments(model, known):
+    for fragment in _fragments(model, known, frozen):
         if _fits(fragment.name, fragment.shape, arrays.get(f"{MODEL}{fragment.name}"), report):
             pieces.append(_piece(fragment))
     for name, buffer in persistent_buffers(model).items():
@@ -93,14 +105,14 @@ def _fits(name: str, shape: tuple[int, ...], array: Array | None, report: LoadRe
     return False
 
 
-def _others(model: nn.Module, known: Collection[str]) -> dict[str, nn.Parameter]:
+def _others(model: nn.Module, known: Collection[str], frozen: bool) -> dict[str, nn.Parameter]:
     found = ((canonical_name(name), parameter) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter in found if name not in known}
+    return {name: one for name, one in found if name not in known and (frozen or one.requires_grad)}
 
 
-def _partitioned(model: nn.Module, known: Collection[str]) -> dict[str, nn.Parameter]:
+def _partitioned(model: nn.Module, known: Collection[str], frozen: bool) -> dict[str, nn.Parameter]:
     """Those that DeepSpeed's stage 3 holds in parts, which are gathered one by one."""
-    return {name: one for name, one in _others(model, known).items() if hasattr(one, "ds_id")}
+    return {name: one for name, one in _others(model, known, frozen).items() if hasattr(one, "ds_id")}
 
 
 @contextmanager
@@ -111,9 +123,9 @@ def _gathered(parameter: nn.Parameter, *, changed: bool = False) -> Iterator[Non
         yield
 
 
-def _fragments(model: nn.Module, known: Collection[str]) -> list[Fragment]:
+def _fragments(model: nn.Module, known: Collection[str], frozen: bool) -> list[Fragment]:
     """What this rank holds of the others."""
-    others = {name: one for name, one in _others(model, known).items() if not hasattr(one, "ds_id")}
+    others = {name: one for name, one in _others(model, known, frozen).items() if not hasattr(one, "ds_id")}
     if not others:
         return []
     if hasattr(model, "zero_optimization"):  # DeepSpeed's engine: what is not in parts is whole

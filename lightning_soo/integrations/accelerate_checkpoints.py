@@ -16,6 +16,7 @@ from lightning_soo.integrations.accelerate_state import (
     load_parts,
     load_preconditioners,
     parts_of,
+    refuse_first_order,
     save_parts,
     save_preconditioners,
     without,
@@ -60,6 +61,8 @@ class AcceleratorCheckpoints:
         """
         folder, parts = self._newest() if input_dir is None else Path(input_dir).expanduser(), self._parts()
         if folder is None or not folder.is_dir() or not has_parts(folder):
+            if folder is not None and folder.is_dir() and self._optimizers():
+                refuse_first_order(self._accelerator, folder)
             self._load_state(input_dir, *arguments, **options)
             return
         if parts is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from lightning_soo.checkpoint import store
+from lightning_soo.checkpoint.errors import CheckpointError
+from lightning_soo.checkpoint.side_file import FILE as SIDE_FILE
 from lightning_soo.checkpoint.side_file import read_side_file, write_side_file
 from lightning_soo.checkpoint_folders import check_checkpoint, load_checkpoint, save_checkpoint
 from lightning_soo.integrations import deepspeed_state, second_order_folder
@@ -53,27 +56,24 @@ def parts_of(models: Sequence[nn.Module], optimizers: Sequence[SecondOrderOptimi
     return parts
 
 
-def save_parts(parts: Sequence[Part], folder: str | Path, extra: Mapping[str, Any]) -> None:
+def save_parts(
+    parts: Sequence[Part], folder: str | Path, extra: Mapping[str, Any] | None = None, *, frozen: bool = True
+) -> None:
     """Write ``second_order``, of further models ``second_order_1`` and so on. Collective.
 
     Args:
         extra: plain data that :func:`load_parts` returns.
+        frozen: whether weights that are not trained are written too.
 
     Raises:
         CheckpointError: parameters that no rank has given, or twice.
     """
     for path, part in _named(parts, folder):
-        if part.engine is None:
-            save_checkpoint(path, part.model, part.optimizers, extra=extra)
-            continue
-        state = deepspeed_state.engine_state(part.engine, {})
-        save_checkpoint(
-            path,
-            part.model,
-            part.optimizers,
-            extra={**extra, "deepspeed": deepspeed_state.engine_counters(part.engine)},
-            files=partial(_write, state),
-        )
+        told, files = dict(extra or {}), None
+        if part.engine is not None:
+            told["deepspeed"] = deepspeed_state.engine_counters(part.engine)
+            files = partial(_write, deepspeed_state.engine_state(part.engine, {}))
+        save_checkpoint(path, part.model, part.optimizers, extra=told, files=files, frozen=frozen)
 
 
 def check_parts(parts: Sequence[Part], folder: str | Path, *, strict: bool = True) -> None:
@@ -137,6 +137,8 @@ def save_preconditioners(
     main process, or with ``on_each_node`` by one of each machine (None is what the accelerator is configured to do).
     Engines that shard get a file beside the others.
     """
+    if accelerator.is_main_process:  # of an earlier save, which would be taken for this one
+        shutil.rmtree(Path(folder) / second_order_folder.NAME, ignore_errors=True)
     if any(optimizer.is_sharded for optimizer in optimizers):
         write_side_file(optimizers, folder, accelerator.is_main_process)
         return
@@ -149,6 +151,21 @@ def load_preconditioners(accelerator: Any, optimizers: Sequence[SecondOrderOptim
     """After an engine that shards has loaded its part: hand the file's content to every rank. Collective."""
     if any(optimizer.is_sharded for optimizer in optimizers):
         read_side_file(optimizers, folder, accelerator.is_main_process)
+
+
+def refuse_first_order(accelerator: Any, folder: str | Path) -> None:
+    """Before FSDP loads a checkpoint without anything of second order, of which it would say what keys it misses.
+
+    Raises:
+        CheckpointError: there is none; on every rank.
+    """
+    if str(accelerator.distributed_type.value) != "FSDP":
+        return  # the optimizer says so
+    if not second_order_folder.from_first_rank((Path(folder) / SIDE_FILE).is_file):
+        raise CheckpointError(
+            f"{folder} is of a first-order run: adopt: true takes its moments in one process, under DDP and ZeRO, but "
+            "not under FSDP, which cannot load what another optimizer has saved"
+        )
 
 
 def _named(parts: Sequence[Part], folder: str | Path) -> list[tuple[Path, Part]]:

@@ -145,6 +145,7 @@ class EngineSession(OptimizerSession):
             self.optimizers,
             extra={"deepspeed": engine_counters(engine)},
             files=lambda unfinished: torch.save(state, unfinished / FILE),
+            frozen=not given["exclude_frozen_parameters"],
         )
 
     def _take(self, path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

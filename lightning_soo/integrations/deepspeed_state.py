@@ -38,6 +38,8 @@ def restore_counters(engine: Any, saved: Mapping[str, Any] | None, steps: int) -
         steps: of the optimizer, for that case.
     """
     if saved is None:
+        if hasattr(engine.lr_scheduler, "last_batch_iteration"):  # one of DeepSpeed's own, which count from -1
+            engine.lr_scheduler.load_state_dict({"last_batch_iteration": steps - 1})
         saved = {"global_steps": steps, "global_samples": steps * engine.train_batch_size(), "skipped_steps": 0}
     for name in _COUNTERS:
         setattr(engine, name, saved[name])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.errors import CheckpointError
-from lightning_soo.checkpoint.manifest import Manifest, unfinished
+from lightning_soo.checkpoint.manifest import unfinished
 from lightning_soo.transport import Transport, share_object
 
 NAME = "second_order"
@@ -35,25 +35,6 @@ def is_there(folder: Path) -> bool:
     if any(row[1] for row in rows):
         raise CheckpointError(f"{folder} is not complete: saving was interrupted; take an earlier checkpoint")
     return sees
-
-
-def verify(folder: Path) -> None:
-    """Compare all files with their checksums, before there is an optimizer that could say what it needs. Collective.
-
-    Rank 0 reads them. What each rank will need is compared once more by whoever loads it.
-
-    Raises:
-        CheckpointError: damaged, incomplete or of a newer version; on every rank.
-    """
-
-    def read() -> None:
-        found = store.find(folder)
-        problems = store.verify(found, Manifest.read(found))
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise CheckpointError(f"{found} is damaged: {'; '.join(map(str, problems[:3]))}{more}")
-
-    from_first_rank(read)
 
 
 def from_first_rank(read: Callable[[], Found]) -> Found:

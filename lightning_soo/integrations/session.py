@@ -80,6 +80,7 @@ class OptimizerSession:
         if not isinstance(optimizer, SecondOrderOptimizer):
             assert self.config is not None
             optimizer = take_over(optimizer, self.config.method, dict(self.config.options))
+            optimizer.adopts = self.config.adopt
         self._known.add(optimizer)
         OptimizerSession.taken_over += 1
         optimizer.register_step_pre_hook(self._before_step)

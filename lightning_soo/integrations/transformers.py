@@ -21,7 +21,7 @@ def second_order(
     Args:
         method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``, with ``options`` of its class.
         config: in their place what :func:`lightning_soo.load_config` takes; None is ``SOO_CONFIG``.
-        options: also ``monitor``.
+        options: also ``monitor`` and ``adopt``.
 
     Raises:
         ValueError: a configuration that is refused, none at all, or two.

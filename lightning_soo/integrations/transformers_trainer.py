@@ -13,10 +13,10 @@ from transformers import Trainer, TrainerCallback
 
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, load_config
 from lightning_soo.integrations.accelerate_session import Session
-from lightning_soo.integrations.accelerate_state import load_preconditioners, save_preconditioners
 from lightning_soo.integrations.session import innermost
 from lightning_soo.integrations.transformers import SecondOrderFactory
 from lightning_soo.integrations.transformers_arguments import read_optim_args, refuse_optimizer
+from lightning_soo.integrations.transformers_checkpoints import install_checkpoints
 from lightning_soo.integrations.transformers_losses import LossDivisor
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.layered import LayeredOptimizer
@@ -27,11 +27,7 @@ def install_trainer() -> None:
     """Let every Trainer that opts in, by its arguments or by ``SOO_CONFIG``, train to second order; once."""
     if hasattr(Trainer.create_optimizer, "second_order"):
         return
-    create, save, load = (
-        Trainer.create_optimizer,
-        Trainer._save_optimizer_and_scheduler,
-        Trainer._load_optimizer_and_scheduler,
-    )
+    create = Trainer.create_optimizer
 
     @functools.wraps(create)
     def create_optimizer(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -44,25 +40,9 @@ def install_trainer() -> None:
             _bind(self, Session.of(self.accelerator, config))
         return optimizer
 
-    @functools.wraps(save)
-    def save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        session = _session(self)
-        if session is not None:
-            on_each_node = bool(self.args.save_on_each_node)
-            save_preconditioners(self.accelerator, session.optimizers, output_dir, on_each_node=on_each_node)
-        save(self, output_dir)
-
-    @functools.wraps(load)
-    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        load(self, checkpoint)
-        session = _session(self)
-        if session is not None and checkpoint is not None:
-            load_preconditioners(self.accelerator, session.optimizers, checkpoint)
-
     create_optimizer.second_order = True  # type: ignore[attr-defined]
     Trainer.create_optimizer = create_optimizer
-    Trainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
-    Trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
+    install_checkpoints(_asks)
 
 
 def configuration_of(trainer: Any) -> tuple[Config | None, str | None]:
@@ -145,6 +125,9 @@ def _unbind(session: Session) -> None:
     session.loss_divisor = None
 
 
-def _session(trainer: Any) -> Session | None:
-    session: Session | None = vars(trainer.accelerator).get("_second_order")
-    return session
+def _asks(trainer: Any) -> bool:
+    """Whether its optimizer is, or will be, a second-order one."""
+    own = trainer.optimizer_cls_and_kwargs[0] if _has_own_class(trainer) else None
+    is_own = isinstance(own, type) and issubclass(own, SecondOrderOptimizer)
+    is_there = isinstance(innermost(trainer.optimizer), SecondOrderOptimizer)
+    return is_own or is_there or configuration_of(trainer)[0] is not None

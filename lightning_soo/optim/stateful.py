@@ -12,7 +12,14 @@ from lightning_soo.checkpoint.report import LoadReport, compare_all
 from lightning_soo.checkpoint.trees import as_tensors, from_tensors
 from lightning_soo.optim.fitting import fitting_blocks
 from lightning_soo.optim.planned import PlannedOptimizer
-from lightning_soo.optim.torch_states import adopted, by_position, parameter_names_of, shapes_in
+from lightning_soo.optim.torch_states import (
+    adopted,
+    by_position,
+    is_of_another,
+    parameter_names_of,
+    shapes_in,
+    with_own_options,
+)
 from lightning_soo.placement.layout import FragmentTable
 
 logger = logging.getLogger(__name__)
@@ -96,9 +103,21 @@ class StatefulOptimizer(PlannedOptimizer):
             return report
         if saved is None and self.is_sharded:
             # engines that shard the state pass torch's part alone; the blocks come by load_blocks
-            self._load_torch(state_dict)
+            adopts = self.adopts if adopt is None else adopt
+            if not is_of_another(self, state_dict):
+                self._load_torch(state_dict)
+            elif adopts:
+                self._load_torch(with_own_options(self, state_dict))
+                for member in self._members:
+                    if member.counter is not None:  # of its own, where several share one tensor
+                        member.counter.fill_(float(self.state[member.tensor].get("step", 0.0)))
+            else:
+                raise CheckpointError(
+                    f"this is not a state of {type(self).__name__}, but of another optimizer: adopt: true in the "
+                    "configuration takes the moments of AdamW or SGD, and preconditioners start anew"
+                )
             self._awaits_blocks = self._has_moved() and not self._has_loaded_blocks
-            if self._awaits_blocks and (self.adopts if adopt is None else adopt):
+            if self._awaits_blocks and adopts:
                 self.restart_blocks()
             return report
         if saved is None and (self.adopts if adopt is None else adopt):
@@ -109,7 +128,8 @@ class StatefulOptimizer(PlannedOptimizer):
         if not isinstance(saved, Mapping):
             raise CheckpointError(
                 f"this is not a state of {type(self).__name__}: the key 'second_order' is missing (the state of "
-                "another optimizer? load_state_dict(..., adopt=True) takes the moments of a torch optimizer)"
+                "another optimizer? load_state_dict(..., adopt=True), or the key adopt: true of a configuration, takes "
+                "the moments of a torch optimizer)"
             )
         shapes = shapes_in(state_dict, list(saved.get("names", ())))
         blocks = self._fitting(saved, shapes, report)
@@ -168,8 +188,8 @@ class StatefulOptimizer(PlannedOptimizer):
     def _refuse_missing_blocks(self) -> None:
         raise RuntimeError(
             "this optimizer's moments were loaded from a checkpoint, but its preconditioners were not: load them with "
-            "optimizer.load_blocks(...) (the SecondOrder callback and our strategies do), or call "
-            "optimizer.restart_blocks() to collect them anew"
+            "optimizer.load_blocks(...) (the SecondOrder callback and our strategies do), or collect them anew: adopt: "
+            "true in the configuration, or optimizer.restart_blocks()"
         )
 
     def _fitting(self, saved: Mapping[str, Any], shapes: Mapping[str, Any], report: LoadReport) -> Mapping[str, Any]:

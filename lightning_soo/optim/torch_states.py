@@ -86,8 +86,27 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
         optimizer, {**state_dict, "state": state}, names, [name for name, _ in here], with_options=False
     )
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
-        own |= {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
+        own |= _settings(own, given)
     return found
+
+
+def _settings(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
+
+
+def is_of_another(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any]) -> bool:
+    """Whether the groups of a state lack settings of this optimizer, as those of a torch optimizer do."""
+    pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+    return any(set(own) - set(saved) - {"param_names", "initial_lr"} for own, saved in pairs)
+
+
+def with_own_options(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A torch optimizer's state as an engine has divided it, with this optimizer's settings in its groups."""
+    groups = []
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        options = {name: value for name, value in own.items() if name != "params"}
+        groups.append({**options, **_settings(own, saved), "params": saved["params"]})
+    return {**state_dict, "param_groups": groups}
 
 
 def _rearranged(

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate_script import ADAMW, CLIP, leave, whole
 from other_world import ACCUMULATE, EPOCHS, MICRO_BATCH, Model, make_rows
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soo import CheckpointError
@@ -168,6 +169,18 @@ def refusals(engine: str, out: Path) -> None:
     refused(run, out / "damaged", "damaged")
     refused(run, out / "interrupted", "saving was interrupted")
     refused(run, out / "incomplete", "the file is missing")
+    if engine == "ddp":
+        apart = out / f"disk of {run.accelerator.process_index}"
+        try:
+            run.accelerator.save_state(str(apart))
+        except CheckpointException as error:
+            assert "on a disk that all machines share" in str(error), error
+        else:
+            raise AssertionError("a checkpoint was saved in parts on several disks")
+        if run.accelerator.is_main_process:
+            shutil.copytree(sound / "second_order", apart / "second_order")
+        run.accelerator.wait_for_everyone()
+        refused(run, apart, "on a disk that all machines share")
     refused(Run(engine, 7, {"method": "soap"}), sound, "the checkpoint is of a Shampoo")
 
 
@@ -187,6 +200,32 @@ def earlier_format(engine: str, out: Path) -> None:
     expected, found = run.state(), again.state()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+def first_order(engine: str, out: Path) -> None:
+    """A checkpoint of AdamW's own is taken where that is asked for, and refused otherwise."""
+    plain = Run(engine, 0, None)
+    plain.epoch()
+    folder = out / f"first order {engine}"
+    plain.save(folder)
+    plain.epoch()
+    run = Run(engine, 7)
+    try:
+        run.accelerator.load_state(str(folder))
+        run.epoch()
+    except (CheckpointError, RuntimeError) as error:
+        assert "adopt: true" in str(error), error
+    else:
+        raise AssertionError("moments without preconditioners were taken silently")
+    if engine == "fsdp2":
+        return
+    # without a preconditioner the moments alone decide: the run is AdamW's own
+    run = Run(engine, 7, {"method": "shampoo", "start_preconditioning_step": 1000, "adopt": True})
+    run.accelerator.load_state(str(folder))
+    run.epoch()
+    expected, found = plain.state(), run.state()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def perform(out: Path, tasks: list[str]) -> None:

@@ -19,7 +19,7 @@ from other_world import ACCUMULATE, MICRO_BATCH, ROWS, Model, make_rows
 
 from lightning_soo.optim.takeover import take_over
 
-EARLIER = ["earlier_format:ddp", "earlier_format:fsdp2"]
+EARLIER = ["earlier_format:ddp", "earlier_format:fsdp2", "first_order:ddp", "first_order:zero2"]
 WORKER = Path(__file__).parent / "accelerate_worlds.py"
 # processes, and what they do: the numbers are epochs, and names of checkpoints; single is this process
 WORLDS: list[tuple[int, list[str]]] = [

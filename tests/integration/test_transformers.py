@@ -15,6 +15,7 @@ from launching import TESTS
 from torch import Tensor, nn
 
 import lightning_soo
+from lightning_soo.checkpoint.sources import FolderSource
 from lightning_soo.integrations.transformers import install, second_order
 from lightning_soo.integrations.transformers_arguments import read_optim_args
 from lightning_soo.optim.takeover import take_over
@@ -83,9 +84,9 @@ def command_line(folder: Path, **settings: Any) -> list[str]:
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
-ENGINES = {"ddp": "shampoo", "torchrun": "kfac"}
+ENGINES = {"ddp": "shampoo", "torchrun": "kfac", "zero2": "shampoo"}
 if os.environ.get("SOO_TEST_ALL_ENGINES"):  # the same paths once more: minutes
-    ENGINES |= {"fsdp2": "shampoo", "zero2": "kfac"}
+    ENGINES |= {"fsdp2": "shampoo"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -107,6 +108,10 @@ def test_an_unmodified_script_in_two_processes(tmp_path: Path, engine: str) -> N
             "fsdp2": ["--fsdp_transformer_layer_cls_to_wrap", "GPT2Block"],
             "zero2": ["--gradient_clipping", str(SETTINGS["max_grad_norm"])],
         }.get(engine, [])
+    method = ENGINES[engine]
+    alone = make_trainer(tmp_path / "alone", pair=second_order(config={**CONFIGS[method], "monitor": 3}))
+    alone.train()
+    said["OTHER_CHECKPOINT"] = str(tmp_path / "alone" / "checkpoint-4")
     program = ["-m", "lightning_soo.launch", str(HERE / "transformers_script.py")]
     inherited = {name: value for name, value in os.environ.items() if name not in ("SOO_CONFIG", "ACCELERATE_USE_CPU")}
     run = subprocess.run(
@@ -118,14 +123,19 @@ def test_an_unmodified_script_in_two_processes(tmp_path: Path, engine: str) -> N
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    method = ENGINES[engine]
     expected = plain_loop(CONFIGS[method])
     for rank in range(2):
         found = torch.load(tmp_path / f"script{rank}.pt", weights_only=True)
         assert_same(found["whole"], expected)
         assert_same(found["resumed"], expected)
+        assert_same(found["other"], expected)  # from one process, and this one goes on from these
+    saved = tmp_path / "checkpoint-4"
+    assert (saved / "second_order" / "manifest.json").is_file() and not (saved / "optimizer.pt").exists()
+    going_on = make_trainer(tmp_path / "end", model=make_model(7), pair=second_order(config=CONFIGS[method]))
+    going_on.train(resume_from_checkpoint=str(saved))
+    assert_same((whole(going_on), losses(going_on)), expected)
     tables = [line for line in run.stdout.splitlines() if line.startswith("transformer.h.0.mlp.c_fc.weight")]
-    assert len(tables) == 2 and all(method in line.split() for line in tables)  # of both runs, from rank 0 alone
+    assert len(tables) == 3 and all(method in line.split() for line in tables)  # of every run, from rank 0 alone
     history = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     figures = [record for record in history if "second_order/condition_number" in record]
     assert [record["step"] for record in figures] == [3, 6]
@@ -160,6 +170,32 @@ def test_by_code(tmp_path: Path, method: str) -> None:
     first_order.train()
     assert_same((whole(first_order), losses(first_order)), plain_loop(None))
     assert abs(losses(first_order)[-1] - expected[1][-1]) > 0.01
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_what_cannot_be_resumed(tmp_path: Path) -> None:
+    """A damaged checkpoint, and one of AdamW's unless it is asked for; the model is as it was."""
+    for name, pair in (("damaged", second_order(config=CONFIGS["shampoo"])), ("adamw", None)):
+        make_trainer(tmp_path / name, pair=pair).train()
+    damaged, adamw = (str(tmp_path / name / "checkpoint-4") for name in ("damaged", "adamw"))
+    flip(next((Path(damaged) / "second_order").glob("*.distcp")))
+    trainer = make_trainer(tmp_path, model=make_model(7), pair=second_order(config=CONFIGS["shampoo"]))
+    before = whole(trainer)
+    with pytest.raises(lightning_soo.CheckpointError, match="damaged"):
+        trainer.train(resume_from_checkpoint=damaged)
+    assert all(torch.equal(value, before[name]) for name, value in whole(trainer).items())
+    with pytest.raises(lightning_soo.CheckpointError, match="adopt: true"):
+        make_trainer(tmp_path, pair=second_order(config=CONFIGS["shampoo"])).train(resume_from_checkpoint=adamw)
+    # without a preconditioner the moments alone decide: the run is AdamW's own
+    pair = second_order("shampoo", start_preconditioning_step=1000, adopt=True)
+    trainer = make_trainer(tmp_path, model=make_model(7), pair=pair)
+    trainer.train(resume_from_checkpoint=adamw)
+    assert_same((whole(trainer), losses(trainer)), plain_loop(None))
 
 
 def test_a_plain_class(tmp_path: Path) -> None:
@@ -261,8 +297,14 @@ def test_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             torch.testing.assert_close(value, before[name.replace(".base_layer", "")], rtol=0, atol=0)
         elif "lora_B" in name:
             assert value.abs().max() > 0  # where it began
-    blocks = torch.load(tmp_path / "checkpoint-8" / "optimizer.pt", weights_only=True)["second_order"]
-    assert all("lora_" in name for name in blocks["names"])
+    arrays = FolderSource(tmp_path / "checkpoint-8" / "second_order").arrays
+    weights = [name for name in arrays if name.startswith("model/")]
+    assert len(weights) == 4 and all("lora_" in name for name in weights)
+    resumed = peft.get_peft_model(make_bert(), lora)
+    resumed = make_trainer(tmp_path, model=resumed, pair=second_order("shampoo", precondition_frequency=2))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, value in whole(trainer).items():
+        torch.testing.assert_close(whole(resumed)[name], value, rtol=1e-5, atol=1e-6)
 
 
 def forbid(*_: Any, **__: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
@@ -86,14 +87,26 @@ def whole(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
+def forget_accelerator() -> None:
+    """Of which DeepSpeed allows one in a process."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        AcceleratorState._reset_state()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
     trainer = Trainer(make_model(), arguments, train_dataset=Counting())
     trainer.train()
     result = {"whole": (whole(trainer), losses(trainer))}
+    forget_accelerator()
     trainer = Trainer(make_model(seed=7), arguments, train_dataset=Counting())
     trainer.train(resume_from_checkpoint=str(Path(arguments.output_dir) / "checkpoint-4"))
     result["resumed"] = (whole(trainer), losses(trainer))
+    if "OTHER_CHECKPOINT" in os.environ:  # of another number of processes
+        forget_accelerator()
+        trainer = Trainer(make_model(seed=8), arguments, train_dataset=Counting())
+        trainer.train(resume_from_checkpoint=os.environ["OTHER_CHECKPOINT"])
+        result["other"] = (whole(trainer), losses(trainer))
     torch.save(result, Path(arguments.output_dir) / f"script{os.environ.get('RANK', '0')}.pt")
     leave()

@@ -55,7 +55,7 @@ def test_resolved_is_the_constructor(kind: Any) -> None:
     """Keys are exactly the constructor's, values build the same optimizer, and a yaml file holds them."""
     resolved = Config(method=kind.method).resolved()
     names = list(inspect.signature(kind).parameters)[1:]
-    assert list(resolved) == ["method", "monitor", *names]
+    assert list(resolved) == ["method", "monitor", "adopt", *names]
     again = load_config(yaml.safe_dump(resolved))
     model = net()
     built, plain = from_config(again, model), kind(model)
