@@ -82,9 +82,9 @@ class Soak:
         options, is_clean = self.options, life.ending == "clean"
         self.lives.append(life)
         self.say(
-            f"life {life.number}: {life.ranks} processes, {life.steps} steps, then {life.ending}; "
+            f"life {life.number}: {life.ranks} ranks, {life.steps} steps, then {life.ending}; "
             f"max_restarts={life.max_restarts}",
-            f"life at {life.ranks} processes",
+            f"life at {life.ranks} ranks",
         )
         completed = self._reached()
         workers = {"kind": "process", "count": life.workers, "max_restarts": life.max_restarts, "deadline": 7}
@@ -197,9 +197,9 @@ class _Course:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin no life after them")
+    parser.add_argument("--minutes", type=float, default=10.0, help="only the last life begins after them")
     parser.add_argument("--steps", type=int, default=sys.maxsize, help="of the run, if they are reached first")
-    parser.add_argument("--longest", type=int, default=960, help="steps of a long life")
+    parser.add_argument("--longest", type=int, default=480, help="steps of a long life")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=ENGINES, default="ddp")
     parser.add_argument("--fixed-ranks", action="store_true", help="always 2 processes, and equal bits")

@@ -15,6 +15,7 @@ from soak_world import World
 
 from lightning_soo import newest_complete
 from lightning_soo.checkpoint.manifest import Manifest
+from lightning_soo.refresh.cores import available_cores
 
 if TYPE_CHECKING:
     from soak import Soak
@@ -56,13 +57,14 @@ class Verdict:
         accepted = sum(len(segment.accepted) for segment in self.segments)
         ever = sum(line["did"] == ACCEPTED for line in trained)
         compared = f"{len(self.deviations)} states, the last of them the end"
+        command = f"python benchmarks/soak.py --engine {options.engine} --seed {options.seed}"
         agreement = f"{max(self.deviations):.1e} of the movement" if self.deviations else "not compared"
         found = [
             "# Soak",
             "",
-            f"{where}.",
-            f"`--engine {options.engine} --seed {options.seed}{' --fixed-ranks' if options.fixed_ranks else ''}`"
-            f", {soak.seconds / 60:.1f} minutes, {len(soak.lives)} lives. "
+            f"{available_cores()} CPU cores: {where}.",
+            f"`{command}{' --fixed-ranks' * options.fixed_ranks}`: {soak.seconds / 60:.1f} minutes, "
+            f"{len(soak.lives)} lives. "
             + ("Nothing was violated." if not soak.violations else f"**{len(soak.violations)} violations.**"),
             "",
             *(f"- {text.splitlines()[0]}" for text in soak.violations),
@@ -75,7 +77,7 @@ class Verdict:
             "",
             "| against an undisturbed run of the same accepted steps | |",
             "|---|---|",
-            f"| processes of that run | {self._replay_ranks} |",
+            f"| ranks of that run | {self._replay_ranks} |",
             f"| compared, where a life began from a checkpoint | {compared} |",
             f"| largest deviation | {agreement} |",
             f"| states with other bits | {self.different} |",
@@ -86,7 +88,7 @@ class Verdict:
         for kind, (thirds, one) in within_lives(self.samples).items():
             found.append(_row(f"{kind}: life {one.life}, {len(one)} steps, of long lives that which grew most", thirds))
         for ranks, kinds in over_lives(self.samples).items():
-            found += [_row(f"{kind}: over all lives at {ranks} processes", thirds) for kind, thirds in kinds.items()]
+            found += [_row(f"{kind}: over all lives at {ranks} ranks", thirds) for kind, thirds in kinds.items()]
         return found
 
     @property
@@ -96,7 +98,7 @@ class Verdict:
     def _compare(self) -> None:
         """Train the accepted steps undisturbed, and compare where each life began and where the last one ended."""
         (self.folder / "segments.json").write_text(json.dumps([segment.plain() for segment in self.segments]))
-        self.soak.say(f"the accepted steps once more, {self._replay_ranks} processes")
+        self.soak.say(f"the accepted steps once more, {self._replay_ranks} ranks")
         world = World(self.folder, "replay", self._replay_ranks, ["--engine", self.soak.options.engine])
         late = world.wait(REPLAY_SECONDS)
         if late or any(world.statuses):
@@ -128,7 +130,7 @@ class Verdict:
         for ranks, kinds in over_lives(self.samples).items():
             for kind in KINDS:
                 if kinds[kind].has_grown(kind):
-                    self.soak.violate(f"{kind} grew from life to life at {ranks} processes: {kinds[kind]}")
+                    self.soak.violate(f"{kind} grew from life to life at {ranks} ranks: {kinds[kind]}")
 
 
 def _row(name: str, thirds: Thirds) -> str:
