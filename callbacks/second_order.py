@@ -68,6 +68,8 @@ class SecondOrder(Callback):
     __init__.__annotations__["options"] = keyword_types()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not is_ours(trainer.strategy) and self._guard is None:
+            self._guard = CheckpointGuard(trainer, pl_module, fitting=stage == "fit")
         original = pl_module.configure_optimizers
         if stage != "fit" or hasattr(original, "second_order"):  # a second callback: one conversion
             return
@@ -78,8 +80,6 @@ class SecondOrder(Callback):
                 self.take_over(optimizer, pl_module)
             return configured
 
-        if not is_ours(trainer.strategy):
-            self._guard = CheckpointGuard(trainer, pl_module)
         configure_optimizers.second_order = pl_module.__dict__.get("configure_optimizers")  # type: ignore[attr-defined]
         self._wrapped = configure_optimizers
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
@@ -158,6 +158,9 @@ class SecondOrder(Callback):
         self._release(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
         if stage == "fit":
             self._release(trainer, pl_module)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ class ManifestWriter(FileSystemWriter):
     def __init__(self, folder: Path, planner: PieceSavePlanner, complete: Callable[[Manifest], None]) -> None:
         super().__init__(folder)
         self._folder, self._planner, self._complete = folder, planner, complete
+
+    # what fails in these two is raised on every rank: nobody waits for one whose disk is full
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for path in self._folder.iterdir():  # of a save that was interrupted
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found: list[SavePlan] = super().prepare_global_plan(plans)
+        return found
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = super().write_data(plan, planner).wait()

@@ -68,9 +68,6 @@ def save(
     folder = Path(folder)
     temporary = unfinished(folder)
     alone = not distributed or not dist.is_initialized() or dist.get_world_size(group) == 1
-    if alone or dist.get_rank(group) == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was interrupted
-        temporary.mkdir(parents=True)
 
     def complete(manifest: Manifest) -> None:
         if files is not None:
@@ -89,11 +86,10 @@ def save(
     planner = PieceSavePlanner(pieces, content, merge)
     writer = ManifestWriter(temporary, planner, complete)
     if alone:  # without torch's warning that nothing is distributed
-        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
         (plan,) = writer.prepare_global_plan(plans)
         writer.finish(metadata, [writer.write_data(plan, planner).wait()])
         return
-    dist.barrier(group)  # the folder is there
     state_dict_saver.save({}, storage_writer=writer, planner=planner, process_group=group)
 
 
@@ -101,11 +97,18 @@ def give_name(temporary: Path, folder: Path) -> None:
     """``temporary`` becomes ``folder``; what had this name goes when it has."""
     old = previous(folder)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         os.replace(folder, old)
     os.replace(temporary, folder)
     _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:  # a checkpoint in one file had the name
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -31,11 +31,11 @@ class CheckpointGuard:
 
     A stock strategy restores weights before optimizers exist, and cannot read our folders. Within the guard a damaged
     file is refused before anything is read, weights are as they were when an optimizer refuses its part, and folders
-    are loaded when the optimizers are attached.
+    are loaded when the optimizers are attached; without any (``validate``, ``test``) at once.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._strategy, self._module = trainer.strategy, module
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, *, fitting: bool) -> None:
+        self._strategy, self._module, self._fitting = trainer.strategy, module, fitting
         self._folder: Path | None = None
         self._before: dict[str, Tensor] = {}
         self._load = trainer.strategy.load_checkpoint
@@ -46,7 +46,7 @@ class CheckpointGuard:
         if path is None or not (path.exists() or store.is_store(path)):
             return self._load(checkpoint_path, *args, **kwargs)  # a URL, a registry, or Lightning's own refusal
         replicated = not self._strategy.restore_checkpoint_after_setup
-        if replicated:
+        if replicated and self._fitting:
             self._before = {name: one.detach().clone() for name, one in self._module.state_dict().items()}
         if store.is_store(path):
             if not replicated:
@@ -55,7 +55,10 @@ class CheckpointGuard:
                     f"{path} is a checkpoint folder, which {name} cannot load: use the strategy of lightning_soo for "
                     "this engine ('soo_fsdp', 'soo_fsdp2', 'soo_deepspeed')"
                 )
-            self._folder = path
+            if self._fitting:
+                self._folder = path
+            else:
+                load_checkpoint(path, self._module, ())
             return {**read_trainer_file(path), "state_dict": self._module.state_dict(), "optimizer_states": []}
         if path.is_file():
             read_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ class PortableCheckpoints(ParallelStrategy):
     def _save_folder(self, checkpoint: Mapping[str, Any], folder: Path) -> None:
         assert self.model is not None
         rest = {name: value for name, value in checkpoint.items() if name not in _OURS}
-        if self.asynchronous_checkpoints and self._saver is None:
-            self._saver = store.BackgroundSaver()
+        if self.asynchronous_checkpoints:
+            self._saver = self._saver or store.BackgroundSaver()
+            rest = deepcopy(rest)  # written while callbacks and loops go on
         with_optimizers = "optimizer_states" in checkpoint
         save_checkpoint(
             folder,

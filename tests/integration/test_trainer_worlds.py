@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from launching import torchrun
 from torch import Tensor
-from trainer_worlds import Model, fit
+from trainer_worlds import Model, fit, loader
 
 from lightning_soo import CheckpointError
+from lightning_soo.callbacks import SecondOrder
 from lightning_soo.checkpoint.pieces import whole
 from lightning_soo.checkpoint.sources import FolderSource, read_file
 from lightning_soo.checkpoint.store import is_store
@@ -71,6 +73,23 @@ def test_one_process_goes_on(out: Path, tmp_path: Path, source: str) -> None:
     model = fit("auto", tmp_path, path=out / source / "epoch=0.ckpt", model=Model(seed=5), callback={})
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6)
+
+
+def test_validation_reads_a_folder(out: Path) -> None:
+    model, path = Model(seed=9), out / "fsdp2-2" / "epoch=1.ckpt"
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[SecondOrder()],
+        barebones=False,
+    )
+    trainer.validate(model, loader(), ckpt_path=path, verbose=False)
+    expected = weights(path)
+    for name, value in model.state_dict().items():
+        if name != "third.weight":  # has one name there
+            assert torch.equal(value, expected[name])
 
 
 def flipped(path: Path) -> None:
