@@ -1,4 +1,4 @@
-"""``lightning-soo``: look at configurations before any device time is spent, and copy recipes."""
+"""``lightning-soo``: look at configurations and checkpoints before any device time is spent, and copy recipes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("source", nargs="?", help=what)
     check.add_argument("--config_file", help="the yaml of accelerate launch that goes with it")
     check.set_defaults(run=_check)
+    inspect = commands.add_parser("inspect", help="list what a checkpoint holds, and compare it with its checksums")
+    inspect.add_argument("checkpoint", help="a folder or a file of lightning_soo, Lightning, Accelerate or DeepSpeed")
+    inspect.set_defaults(run=_inspect)
+    export = commands.add_parser(
+        "export", help="write a checkpoint's weights and an AdamW's (or SGD's) state to a file"
+    )
+    export.add_argument("checkpoint", help="a folder or a file, as of inspect")
+    export.add_argument("output", type=Path, help="a file that torch.load reads: state_dict, and optimizer_states")
+    export.set_defaults(run=_export)
     recipes = commands.add_parser("recipes", help="list the recipes, or copy one").add_subparsers(
         dest="what", required=True, metavar="list|copy"
     )
@@ -73,6 +82,32 @@ def _check(given: argparse.Namespace) -> int:
     print(f"{config.source}: {config.method}{f' with {options}' if options else ''}: good")
     if given.config_file is not None:
         print(f"{given.config_file}: good")
+    return 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from lightning_soo.checkpoint.inspection import inspect
+
+    found = inspect(given.checkpoint)
+    print("\n".join(found.lines))
+    for problem in found.problems:
+        print(problem, file=sys.stderr)
+    count = len(found.problems)
+    print(f"{count} problem{'s' * (count > 1)}" if count else "every checksum is right")
+    return int(count > 0)
+
+
+def _export(given: argparse.Namespace) -> int:
+    import torch
+
+    from lightning_soo.checkpoint.export import export
+
+    found = export(given.checkpoint)
+    torch.save({"state_dict": found.state_dict, "optimizer_states": found.optimizers}, given.output)
+    for name, why in found.anew.items():
+        print(f"{name} starts anew: {why}")
+    kinds = " and ".join(f"the state of torch.optim.{kind}" for kind in found.kinds) or "no optimizer"
+    print(f"{given.output}: {len(found.state_dict)} weights, {kinds}")
     return 0
 
 

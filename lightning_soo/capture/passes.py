@@ -68,7 +68,9 @@ class Passes:
             return False
         self._outermost = None
         if self._held is not None and not self._held.uses:
-            self._held = None
+            batch, self._held = self._held.batch, None
+            if self._latest() is None:  # no layer was seen: all may lie inside reentrant checkpoints
+                self._possible = batch
         return True
 
     def current(self) -> Pass | None:

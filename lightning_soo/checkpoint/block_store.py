@@ -33,6 +33,11 @@ class BlockStore:
         self._refresher: Refresher | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._consolidated: tuple[int, dict[str, Any]] | None = None
+        self._everywhere = False
+
+    def is_everywhere(self, step: int) -> bool:
+        """Whether every rank has gathered everything, of this step."""
+        return self._everywhere and self._consolidated is not None and self._consolidated[0] == step
 
     def install(self, members: Sequence[Member], refresher: Refresher) -> None:
         """Take over the blocks of a plan, and give them what was loaded before it existed."""
@@ -82,6 +87,7 @@ class BlockStore:
         self.drain()
         if transport.size == 1:
             return
+        self._everywhere = to is None
         local = self._local()
         mine = {
             name: {

@@ -105,11 +105,16 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged header leads zipfile to any of a dozen kinds
         raise CheckpointError(f"{path} is truncated or damaged ({error}): take an earlier checkpoint") from None
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken!r} differs; take an earlier checkpoint")
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): take an earlier checkpoint") from None
     return found
 
 
@@ -168,8 +173,9 @@ def _optimizer(
             else:
                 counters[name][field] = value
     groups = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        {key: value for key, value in group.items() if key not in ("params", "param_names", "second_order")}
         for group in state["param_groups"]
     ]
-    parameters = {name: {"group": 0, "trainable": True} for name in names}
+    owners = [group for group, row in enumerate(state["param_groups"]) for _ in row["params"]]
+    parameters = {name: {"group": group, "trainable": True} for name, group in zip(names, owners, strict=True)}
     return {"parameters": parameters, "groups": groups, "state": counters}, tensors

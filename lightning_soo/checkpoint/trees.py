@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,16 +60,32 @@ def put_together(tree: Any, shapes: Mapping[str, tuple[tuple[int, ...], torch.dt
     """
     pieces: list[Piece] = []
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            if set(value) != {_ARRAY}:
-                return {name: walk(inner) for name, inner in value.items()}
-            key = value[_ARRAY]
-            if key not in shapes:
-                raise CheckpointError(f"the checkpoint names an array {key!r} that it does not have")
-            shape, dtype = shapes[key]
-            pieces.append(whole(key, torch.empty(shape, dtype=dtype)))
-            return pieces[-1].tensor
-        return [walk(inner) for inner in value] if isinstance(value, list) else value
+    def empty(key: str) -> Tensor:
+        if key not in shapes:
+            raise CheckpointError(f"the checkpoint names an array {key!r} that it does not have")
+        shape, dtype = shapes[key]
+        pieces.append(whole(key, torch.empty(shape, dtype=dtype)))
+        return pieces[-1].tensor
 
-    return walk(tree), pieces
+    return _filled(tree, empty), pieces
+
+
+def as_tensors(tree: Any) -> dict[str, Tensor]:
+    """The tree as a flat dictionary of nothing but tensors, for those who carry nothing else."""
+    plain, pieces = take_apart(tree, "array")
+    text = bytearray(json.dumps(plain).encode())
+    return {"content": torch.frombuffer(text, dtype=torch.uint8), **{piece.key: piece.tensor for piece in pieces}}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`as_tensors` was given."""
+    text = tensors["content"].cpu().numpy().tobytes()
+    return _filled(json.loads(text), lambda key: tensors[key])
+
+
+def _filled(tree: Any, make: Callable[[str], Tensor]) -> Any:
+    if isinstance(tree, Mapping):
+        if set(tree) == {_ARRAY}:
+            return make(tree[_ARRAY])
+        return {name: _filled(inner, make) for name, inner in tree.items()}
+    return [_filled(inner, make) for inner in tree] if isinstance(tree, list) else tree

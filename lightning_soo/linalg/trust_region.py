@@ -106,6 +106,7 @@ def steihaug(
     gram: Gram = gram_matrix,
     smaller_radii: Sequence[float] = (),
     stored: int = 4,
+    scale: float = 1.0,
 ) -> list[Solution]:
     """Solve one subproblem, and on the way those of smaller radii, which cost nothing more.
 
@@ -121,6 +122,8 @@ def steihaug(
         gram: inner products of vectors laid out like ``gradient``, summed over ranks: one call for each iteration.
         smaller_radii: below ``radius``.
         stored: how many of them are solved at most, the largest of those inside which the solution does not lie.
+        scale: a power of two by which the whole model is multiplied while it is minimised, where products with the
+            gradient itself would overflow or vanish.
 
     Returns:
         The solution, then those of smaller radii, largest first. Each is a vector like ``gradient``.
@@ -130,13 +133,14 @@ def steihaug(
     """
     waiting = sorted((value for value in smaller_radii if 0 < value < radius), reverse=True)
     found: list[Solution] = []
-    step, residual = torch.zeros_like(gradient), gradient.clone()
+    step, residual = torch.zeros_like(gradient), gradient * scale
+    tolerance *= scale
     preconditioned = precondition(residual) if precondition is not None else residual
     direction = preconditioned.neg()
     image = residual.neg() if precondition is not None else direction  # M d
     model, distance = 0.0, 0.0
     for iteration in range(1, max_iterations + 1):
-        curved = product(direction)
+        curved = product(direction) if scale == 1.0 else product(direction) * scale
         moved = precondition(curved) if precondition is not None else curved
         vectors = [step, direction, residual, curved]
         vectors += [image, preconditioned, moved] if precondition is not None else []
@@ -153,10 +157,10 @@ def steihaug(
         while waiting and distance >= waiting[-1] ** 2:
             crossed.append(waiting.pop())
         if crossed and stored:
-            found += [_left(line, one, step, direction, iteration) for one in crossed[-stored:]]
+            found += [_left(line, one, step, direction, iteration, scale) for one in crossed[-stored:]]
             del found[:-stored]
         if distance >= radius * radius:
-            return [_left(line, radius, step, direction, iteration), *reversed(found)]
+            return [_left(line, radius, step, direction, iteration, scale), *reversed(found)]
         step.add_(direction, alpha=alpha)
         residual.add_(curved, alpha=alpha)
         if precondition is not None:
@@ -177,7 +181,7 @@ def steihaug(
         step=step,
         norm=math.sqrt(distance),
         radius=radius,
-        model=model,
+        model=model / scale,
         on_boundary=False,
         negative_curvature=False,
         iterations=iteration,
@@ -185,13 +189,13 @@ def steihaug(
     return [whole, *reversed(found)]
 
 
-def _left(line: _Line, radius: float, step: Tensor, direction: Tensor, iteration: int) -> Solution:
+def _left(line: _Line, radius: float, step: Tensor, direction: Tensor, iteration: int, scale: float) -> Solution:
     t = line.leave(radius)
     return Solution(
         step=step.add(direction, alpha=t),
         norm=radius,
         radius=radius,
-        model=line.model_at(t),
+        model=line.model_at(t) / scale,
         on_boundary=True,
         negative_curvature=line.curvature <= 0,
         iterations=iteration,

@@ -80,6 +80,13 @@ class BandedOptimizer(SecondOrderOptimizer):
         if not fused or not banded_host.move(parameter, direction, shrink=shrink, alpha=alpha):
             super()._move(parameter, direction, shrink=shrink, alpha=alpha)
 
+    def _collect(self, members: list[Member]) -> None:
+        super()._collect(members)
+        for member in members:
+            if member.run is not None and member.gradient.dtype == torch.float16:
+                # before it has its length a direction is as large as gradients are small: above what float16 has
+                member.gradient = member.gradient.float()
+
     def _observe(self, part: int, members: list[Member]) -> None:
         """Nothing by itself: statistics and direction share one pass."""
 

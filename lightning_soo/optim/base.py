@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from lightning_soo.linalg.norms import largest_magnitude
 from lightning_soo.optim import grafting
@@ -41,6 +42,11 @@ class SecondOrderOptimizer(DirectedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @_disable_dynamo  # torch.compile(optimizer.step) runs it as it is, as torch's own do with what they do not capture
+    def _take_step(self) -> None:
         if self._plan is None or self._signature != self._current_signature():
             self.attach()
         if self._awaits_blocks:
@@ -57,7 +63,6 @@ class SecondOrderOptimizer(DirectedOptimizer):
             self._precondition(part, members)
             self._apply(members)
         self._end_step(part)
-        return loss
 
     def _part(self) -> int:
         """Which part of the step the engine asks for."""
@@ -90,7 +95,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 raise FloatingPointError(f"{text} at step {self.steps + 1}; nothing was changed")
             self.skipped_steps += 1
             if self.skipped_steps == 1:
-                warnings.warn(f"{text}: step skipped, nothing changed (said once)", stacklevel=5)
+                warnings.warn(f"{text}: step skipped, nothing changed (said once)", stacklevel=8)
             return
         for member, value in zip(self._members, values, strict=True):
             member.magnitude = value

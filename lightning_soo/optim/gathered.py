@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.objective import Objective, computing
+from lightning_soo.optim.options import refuse_repeated
 from lightning_soo.optim.trust_region_options import TrustRegionOptions
 from lightning_soo.optim.vectors import VectorSpace
 from lightning_soo.placement.adapters import read_layout
@@ -160,7 +161,7 @@ class GatheredOptimizer(torch.optim.Optimizer):
         self._before = self._space.read()
         self._stack = ExitStack()
         try:
-            self._stack.enter_context(computing())
+            self._stack.enter_context(computing(model))
             gathered = self._stack.enter_context(self._layout.gathered(model))
             return self._space.parameters(gathered), list(model.buffers()) if model is not None else []
         except BaseException:
@@ -193,6 +194,11 @@ class GatheredOptimizer(torch.optim.Optimizer):
         if self._layout.shared_buffers is not None:
             for buffer in self._layout.shared_buffers(self._model() if self._model is not None else None):
                 self._transport.share(buffer, "rank 0's buffers")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, but a parameter given twice is refused."""
+        super().add_param_group(param_group)
+        refuse_repeated(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options, "_copied": True}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_soo.optim.curvature import CurvatureGraph, unpack
 from lightning_soo.optim.repetition import RandomState, repeating
@@ -100,13 +101,14 @@ class Objective:
         divided: Callable[[Sequence[int]], Closure] | None = None,
     ) -> Tensor:
         """As :meth:`add`, for a result with its graph that was computed since ``state``."""
-        loss, outputs = unpack(result, self._curvature)
         evaluation = Evaluation(closure, weight, state, divided=divided)
-        if keep_graph and (self._keep_graphs or (self._keep_graphs is None and not self.evaluations)):
-            evaluation.graph = CurvatureGraph(loss, outputs, self.parameters, self._curvature)
-            gradient = evaluation.graph.gradient
-        else:
-            gradient = list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        with torch.enable_grad():  # also where the step is called without
+            loss, outputs = unpack(result, self._curvature)
+            if keep_graph and (self._keep_graphs or (self._keep_graphs is None and not self.evaluations)):
+                evaluation.graph = CurvatureGraph(loss, outputs, self.parameters, self._curvature)
+                gradient = evaluation.graph.gradient
+            else:
+                gradient = list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         self._space.add(self._sum, gradient, weight)
         self.evaluations.append(evaluation)
         self._losses += weight * float(loss.detach())
@@ -215,9 +217,35 @@ class Objective:
         return total
 
 
+def mean_loss(closures: Sequence[Closure], weights: Sequence[float]) -> Tensor:
+    """The losses' weighted mean where nothing can move; on this rank alone."""
+    with torch.no_grad():
+        found = [weight * unpack(closure(), "hessian")[0] for closure, weight in zip(closures, weights, strict=True)]
+        return torch.stack(found).sum() / sum(weights)
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Weight norm as a quotient: the second derivative of torch's fused operation is wrong (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            direction, length, *dim = args
+            return direction * (length / torch.norm_except_dim(direction, 2, *dim, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def computing() -> Iterator[None]:
-    """Attention by separate operations: the fused ones have no second derivative, and the losses that are compared
-    have to be computed alike."""
-    with sdpa_kernel(SDPBackend.MATH):
+def computing(model: nn.Module | None = None) -> Iterator[None]:
+    """Operations that have a second derivative, and a loss that is computed by the same ones wherever it is compared:
+    attention by separate operations, and the weight norm that ``model`` may have."""
+    with sdpa_kernel(SDPBackend.MATH), _WeightNorm() if _has_weight_norm(model) else nullcontext():
         yield
+
+
+def _has_weight_norm(model: nn.Module | None) -> bool:
+    """Of either kind; a function costs every operation a call, so not where there is none."""
+    return model is not None and any(
+        type(each).__name__ in ("_WeightNorm", "WeightNorm")
+        for module in model.modules()
+        for each in (module, *module._forward_pre_hooks.values())
+    )

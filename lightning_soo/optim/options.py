@@ -220,8 +220,10 @@ def validate_group(group: Mapping[str, Any], where: str) -> None:
         ValueError: names the option, its value and the group.
     """
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name}={group[name]} ({where}): must be at least 0")
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name}={group[name]} ({where}): must be at least 0, and finite")
+    if not math.isfinite(group["dampening"]):
+        raise ValueError(f"dampening={group['dampening']} ({where}): must be finite")
     beta1, beta2 = group["betas"]
     if not 0 <= beta1 < 1:
         raise ValueError(f"betas[0]={beta1} ({where}): must be in [0, 1)")
@@ -238,6 +240,24 @@ def require_timeout(seconds: float | None) -> None:
     """
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"collective_timeout={seconds!r}: must be above zero seconds, or None")
+
+
+def refuse_repeated(groups: list[dict[str, Any]]) -> None:
+    """Take the last group back if it holds a parameter twice, of which torch only warns: it would be moved twice.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    seen: dict[int, int] = {}
+    for index, parameter in enumerate(groups[-1]["params"]):
+        if id(parameter) in seen:
+            group = groups.pop()
+            names = group.get("param_names") or [f"group{len(groups)}.{i}" for i in range(len(group["params"]))]
+            raise ValueError(
+                f"parameter {names[seen[id(parameter)]]!r} is given twice (again as {names[index]!r}): give tied "
+                "weights once, as model.parameters() does"
+            )
+        seen[id(parameter)] = index
 
 
 def _require(name: str, value: int | None, *, minimum: int, optional: bool = False) -> None:

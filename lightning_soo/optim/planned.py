@@ -16,7 +16,7 @@ from lightning_soo.checkpoint.block_store import BlockStore
 from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
-from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, validate_group
+from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_repeated, validate_group
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
@@ -304,4 +304,5 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
         validate_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
+        refuse_repeated(self.param_groups)
         self._constructed |= {id(parameter) for parameter in self.param_groups[-1]["params"]}

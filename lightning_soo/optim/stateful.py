@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.checkpoint.report import LoadReport, compare_all
+from lightning_soo.checkpoint.trees import as_tensors, from_tensors
 from lightning_soo.optim.fitting import fitting_blocks
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.torch_states import (
@@ -22,6 +23,20 @@ from lightning_soo.optim.torch_states import (
 from lightning_soo.placement.layout import FragmentTable
 
 logger = logging.getLogger(__name__)
+
+
+_BLOCKS = "second_order"
+
+
+def _separate(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Torch's part of a state, and the preconditioners where there are any."""
+    groups = [dict(group) for group in state_dict.get("param_groups", ())]
+    carried = [group.pop(_BLOCKS) for group in groups if _BLOCKS in group]
+    rest = dict(state_dict)
+    saved = rest.pop(_BLOCKS, None)
+    if "param_groups" in rest:
+        rest["param_groups"] = groups
+    return rest, saved if saved is not None or not carried else from_tensors(carried[0])
 
 
 class StatefulOptimizer(PlannedOptimizer):
@@ -41,9 +56,14 @@ class StatefulOptimizer(PlannedOptimizer):
         Never communicates. On several ranks call :meth:`consolidate` first; without it the result is marked
         incomplete and is refused by :meth:`load_state_dict`. Where an engine shards the moments and saves them itself
         (FSDP, ZeRO) it is torch's alone; the rest is :meth:`blocks_state_dict`.
+
+        ``torch.distributed.checkpoint.state_dict`` keeps only what is in a state's parameter groups, so the first of
+        them carries the same, as tensors; where the moments are sharded, after ``consolidate(to=None)``.
         """
         state = super().state_dict()
         if self._layout is not None and self.is_sharded:
+            if self._store.is_everywhere(self.steps):
+                state["param_groups"][0][_BLOCKS] = as_tensors(self.blocks_state_dict())
             return state
         if any(name.startswith("group") and name[5:6].isdigit() for name in self.parameter_names()):
             warnings.warn(
@@ -51,7 +71,9 @@ class StatefulOptimizer(PlannedOptimizer):
                 "a checkpoint can be matched by name",
                 stacklevel=2,
             )
-        state["second_order"] = self.blocks_state_dict()
+        state[_BLOCKS] = self.blocks_state_dict()
+        if state["param_groups"] and state[_BLOCKS]["complete"]:
+            state["param_groups"][0][_BLOCKS] = as_tensors(state[_BLOCKS])
         return state
 
     def load_state_dict(  # type: ignore[override]
@@ -71,7 +93,14 @@ class StatefulOptimizer(PlannedOptimizer):
             CheckpointError: another optimizer's state without ``adopt``, an incomplete one, other parameters or blocks.
         """
         report = LoadReport()
-        saved = state_dict.get("second_order")
+        state_dict, saved = _separate(state_dict)
+        if saved is not None and self.is_sharded:
+            blocks = self._fitting(saved, dict.fromkeys(saved.get("names", ())), report)
+            if strict:
+                report.refuse()
+            self._load_torch(state_dict)
+            self._load_checked(blocks)
+            return report
         if saved is None and self.is_sharded:
             # engines that shard the state pass torch's part alone; the blocks come by load_blocks
             adopts = self.adopts if adopt is None else adopt
@@ -106,7 +135,9 @@ class StatefulOptimizer(PlannedOptimizer):
         blocks = self._fitting(saved, shapes, report)
         if strict:
             report.refuse()
-        self._load_torch(state_dict if report.is_complete else by_position(self, state_dict, report.taken))
+        self._load_torch(
+            state_dict if report.is_complete else by_position(self, state_dict, list(saved["names"]), report.taken)
+        )
         self._load_checked(blocks)
         return report
 

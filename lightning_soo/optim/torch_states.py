@@ -15,7 +15,8 @@ from lightning_soo.optim.grafting import MOMENTS
 if TYPE_CHECKING:
     from lightning_soo.optim.planned import PlannedOptimizer
 
-_KEPT = ("lr", "initial_lr", "weight_decay")  # of the groups of an optimizer whose state is adopted
+# of a torch optimizer that are its user's choice, as where it is taken over alive
+_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "momentum", "dampening")
 
 
 def parameter_names_of(optimizer: PlannedOptimizer) -> list[tuple[str, tuple[int, ...]]]:
@@ -39,10 +40,15 @@ def shapes_in(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return found
 
 
-def by_position(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """The state as of this optimizer's parameters: what was taken by name at their own places, nothing of others."""
-    saved_names = list(state_dict["second_order"]["names"])
-    return _rearranged(optimizer, state_dict, saved_names, taken)
+def by_position(
+    optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], names: Sequence[str], taken: Collection[str]
+) -> dict[str, Any]:
+    """The state as of this optimizer's parameters: what was taken by name at their own places, nothing of others.
+
+    Args:
+        names: of the parameters in the state, in the order of its groups.
+    """
+    return _rearranged(optimizer, state_dict, names, taken, with_options=True)
 
 
 def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: LoadReport) -> dict[str, Any]:
@@ -75,9 +81,11 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
         number: {field: value for field, value in moments.items() if field in kept}
         for number, moments in state_dict["state"].items()
     }
-    found = _rearranged(optimizer, {**state_dict, "state": state}, names, [name for name, _ in here])
+    found = _rearranged(
+        optimizer, {**state_dict, "state": state}, names, [name for name, _ in here], with_options=False
+    )
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
-        own |= {name: given[name] for name in _KEPT if name in given}
+        own |= _settings(own, given)
     return found
 
 
@@ -92,12 +100,21 @@ def with_own_options(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any])
     groups = []
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         options = {name: value for name, value in own.items() if name != "params"}
-        groups.append({**options, **{name: saved[name] for name in ("params", *_KEPT) if name in saved}})
+        groups.append({**options, **_settings(own, saved), "params": saved["params"]})
     return {**state_dict, "param_groups": groups}
 
 
+def _settings(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
+
+
 def _rearranged(
-    optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], names: Sequence[str], taken: Collection[str]
+    optimizer: PlannedOptimizer,
+    state_dict: Mapping[str, Any],
+    names: Sequence[str],
+    taken: Collection[str],
+    *,
+    with_options: bool,
 ) -> dict[str, Any]:
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     by_name = {name: state_dict["state"].get(number) for name, number in zip(names, numbers, strict=False)}
@@ -109,7 +126,7 @@ def _rearranged(
         given = state_dict["param_groups"][min(index, len(state_dict["param_groups"]) - 1)]
         places = list(range(position, position + len(group["params"])))
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        if "second_order" in state_dict:
+        if with_options:
             options |= {name: value for name, value in given.items() if name not in ("params", "param_names")}
         groups.append({**options, "params": places})
         for place in places:

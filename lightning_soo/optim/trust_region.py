@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.naming import suggest_names
-from lightning_soo.optim.objective import Closure
+from lightning_soo.optim.objective import Closure, mean_loss
 from lightning_soo.optim.radius_rules import RadiusRule
 from lightning_soo.optim.repetition import RandomState
 from lightning_soo.optim.shampoo import Params
 from lightning_soo.optim.sub_batches import batch_size, closures, one_of_each_stratum, take
-from lightning_soo.optim.trust_region_iteration import Iteration, TrustRegionIterations
-from lightning_soo.optim.trust_region_options import Preconditioner, TrustRegionOptions, TrustRegionStep
+from lightning_soo.optim.trust_region_iteration import TrustRegionIterations
+from lightning_soo.optim.trust_region_options import Preconditioner, TrustRegionOptions
 
 _COUNTERS = ("steps", "accepted", "cg_iterations", "negative_curvature", "propagations")
 
@@ -80,6 +82,9 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         TypeError: an unknown option, with the nearest name.
     """
 
+    skipped_steps = 0
+    # set by front doors whose closure collects by itself and returns nothing to differentiate
+    closure_collects = False
     # GradScaler would decide per rank to skip, and passes no closure: step() says so
     _step_supports_amp_scaling = True
 
@@ -121,13 +126,8 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         )
         if not 0 < radius <= options.max_radius:
             raise ValueError(f"radius={radius!r}: must be above 0 and at most max_radius={options.max_radius}")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay={weight_decay!r}: must be at least 0")
-        self.last: TrustRegionStep | None = None
-        self.skipped_steps = 0
-        # set by front doors whose closure collects by itself and returns nothing to differentiate
-        self.closure_collects = False
-        self._rejected: Iteration | None = None
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay={weight_decay!r}: must be at least 0, and finite")
         # in the groups, which every engine's checkpoints carry
         defaults = {"radius": float(radius), "weight_decay": float(weight_decay), **dict.fromkeys(_COUNTERS, 0)}
         super().__init__(params, defaults, options)
@@ -193,6 +193,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             self.abandon()
             raise
 
+    @_disable_dynamo
     def step_on(self, loss_of: Callable[[Any], Any], batch: Any, micro_batches: int = 1) -> Tensor | None:
         """One step on one batch, which is divided as it takes: into micro-batches, and for ``hessian_fraction``.
 
@@ -209,10 +210,13 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         if self.options.hessian_fraction < 1:
             chosen = self._choose(size)
             sample = closures(loss_of, take(batch, chosen), -(-len(chosen) * micro_batches // size))
+        if not self._trains:
+            return mean_loss(*zip(*closures(loss_of, batch, micro_batches), strict=True))
         for closure, weight in closures(loss_of, batch, micro_batches):
             self.collect(closure, weight)
         return self._step(sample)
 
+    @_disable_dynamo  # torch.compile(optimizer.step) runs it as it is
     def step(  # type: ignore[override]
         self,
         closure: Closure | Sequence[Closure] | None = None,
@@ -246,6 +250,8 @@ class TrustRegionNewtonCG(TrustRegionIterations):
         listed = _listed(closure)
         if weights is not None and len(weights) != len(listed):
             raise ValueError(f"{len(weights)} weights for {len(listed)} closures")
+        if listed and not self._trains:
+            return mean_loss(listed, weights or [1.0] * len(listed))
         for one, weight in zip(listed, weights or [1.0] * len(listed), strict=True):
             self.collect(one, weight)
         if self._objective is None:
@@ -257,6 +263,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             self._rejected = None  # nobody retries: its vectors are freed before the next forward pass
         return loss
 
+    @_disable_dynamo
     def retry(self) -> Tensor | None:
         """One more iteration on the batch of a step that was rejected, in the smaller region: with its gradient and the
         conjugate gradients' points, so it takes one forward pass. Collective.
@@ -269,6 +276,11 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             raise RuntimeError("the last step was not rejected: retry() goes on after a rejection (optimizer.rejected)")
         self._gather_again(rejected.objective)
         return self._iterate(rejected, 0)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether anything can move: where all is frozen a step does nothing, as torch's."""
+        return any(parameter.requires_grad for group in self.param_groups for parameter in group["params"])
 
     def _nothing_collected(self) -> None:
         if hasattr(self, "grad_scale"):
@@ -283,7 +295,7 @@ class TrustRegionNewtonCG(TrustRegionIterations):
                 "before it"
             )
         # loaders of sharded checkpoints step with zero gradients to see which state there is
-        if self._space is None:
+        if self._space is None and self._trains:
             self.attach()
 
     def _step(self, sample: Sequence[tuple[Closure, float]] | None) -> Tensor | None:
@@ -324,13 +336,22 @@ class TrustRegionNewtonCG(TrustRegionIterations):
             raise FloatingPointError(f"{reason}; nothing was changed")
         self.skipped_steps += 1
         if self.skipped_steps == 1:
-            warnings.warn(f"{reason}: step skipped, nothing changed (said once)", stacklevel=4)
+            warnings.warn(f"{reason}: step skipped, nothing changed (said once)", stacklevel=6)
         self.abandon()
         self._share_buffers()
         return torch.tensor(loss)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: radius and counters are in the groups."""
+        """As torch's: radius and counters are in the groups.
+
+        Raises:
+            CheckpointError: the state of another optimizer.
+        """
+        if any("radius" not in group for group in state_dict.get("param_groups", [{}])):
+            raise CheckpointError(
+                f"this is not a state of {type(self).__name__}: its groups have no radius (the state of another "
+                "optimizer?)"
+            )
         super().load_state_dict(state_dict)
         self._rejected = None
         if self._layout is not None:

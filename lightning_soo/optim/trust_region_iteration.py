@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_soo.linalg.norms import power_of_two_scale
 from lightning_soo.linalg.trust_region import Product, Solution, steihaug
 from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.objective import Objective
@@ -17,6 +18,7 @@ _SECOND_MOMENT = "exp_avg_sq"
 _DECAY = 0.95  # of the second moments behind the diagonal preconditioner
 _UNBOUNDED = 20  # products for each parameter: rounding makes them more than one
 _RIDGE = 1e-3  # of their mean root
+_SMALLEST, _LARGEST = 1e-10, 1e10  # norms of gradients between which nothing overflows or vanishes in float32
 
 
 @dataclass
@@ -178,6 +180,7 @@ class TrustRegionIterations(GatheredOptimizer):
             gram=self._space.gram,
             smaller_radii=self.options.smaller_radii(radius),
             stored=self.options.stored_radii,
+            scale=1.0 if _SMALLEST <= norm <= _LARGEST else power_of_two_scale(norm),
         )
         return iteration.solutions[0], iteration.solutions[0].iterations
 
@@ -216,7 +219,9 @@ class TrustRegionIterations(GatheredOptimizer):
         # the first gradient enters whole, so there is no bias to correct
         first = float(self._space.gram([local])[0, 0]) == 0
         weight = 1.0 if first else 1 - _DECAY
-        self._space.write(local.lerp_(gradient.square(), weight), moments)
+        # of gradients of 1e+20 as large as the dtype has them, so that what is divided by their roots is a step
+        squares = gradient.square().clamp_(max=torch.finfo(gradient.dtype).max)
+        self._space.write(local.lerp_(squares, weight), moments)
 
     def _precondition(self) -> Product | None:
         chosen, space = self.options.preconditioner, self._space
@@ -232,5 +237,5 @@ class TrustRegionIterations(GatheredOptimizer):
             return apply
         roots = space.read([self.state[tensor][_SECOND_MOMENT] for tensor in space.tensors]).sqrt_()
         mean = float(space.gram([roots, torch.ones_like(roots)])[0, 1]) / space.numel
-        roots.add_(_RIDGE * mean)
+        roots.add_(_RIDGE * mean).clamp_(min=math.sqrt(torch.finfo(roots.dtype).tiny))  # below, squares vanish
         return lambda vector: vector / roots

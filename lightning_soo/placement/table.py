@@ -60,6 +60,10 @@ def _summary(plan: Plan) -> list[str]:
         + (f" ({plan.state_balance:.2f}x the mean)" if plan.ranks > 1 else "")
     ]
     if plan.ranks > 1:
+        gathered = sum(unit.root_bytes + unit.statistics_bytes + unit.moment_bytes for unit in plan.units)
+        lines.append(
+            f"a checkpoint in one file gathers {format_bytes(gathered)} of it on rank 0; one in a folder nothing"
+        )
         lines.append(
             f"refreshes divided over {plan.ranks} ranks, largest load {plan.balance:.2f}x the mean; "
             f"{format_bytes(roots)} of roots gathered per interval"

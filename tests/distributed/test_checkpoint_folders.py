@@ -45,12 +45,12 @@ ZERO: list[tuple[int, list[str]]] = [
 ]
 
 
-def test_any_engine_goes_on_from_any_other(tmp_path: Path) -> None:
+def test_row_10_and_11_any_engine_goes_on_from_any_other(tmp_path: Path) -> None:
     for ranks, tasks in WORLDS:
         torchrun(WORKER, ranks, tmp_path, *tasks)
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
-def test_zero_goes_on_from_others_and_others_from_zero(tmp_path: Path) -> None:
+def test_row_10_and_11_zero_goes_on_from_others_and_others_from_zero(tmp_path: Path) -> None:
     for ranks, tasks in ZERO:
         torchrun(WORKER, ranks, tmp_path, *tasks)

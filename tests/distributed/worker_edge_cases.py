@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import Engine, Fsdp1Flat, deviation, make_optimizer
+from engines import make_optimizer
 from launching import run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,21 +89,6 @@ def a_piece_is_missing(rank: int) -> None:
     assert isinstance(error, ValueError) and "'0.weight'" in str(error), error
 
 
-def a_gradient_is_not_finite_on_one_rank(rank: int) -> None:
-    """The step is skipped by all: as in a run without that batch."""
-    engine, alone = Fsdp1Flat({}), Engine({})
-
-    def spoil(step: int) -> None:
-        if step == 5 and rank == 2:
-            next(p for p in engine.model.parameters() if p.grad is not None and p.numel()).grad[0] = float("nan")  # type: ignore[index]
-
-    engine.train(0, 12, rank, dist.get_world_size(), before_step=spoil)
-    alone.train(0, 5, 0, 1)
-    alone.train(6, 12, 0, 1)
-    assert engine.optimizer.skipped_steps == 1
-    assert deviation(engine.parameters(), alone.parameters()) <= 1e-9
-
-
 def rank_deficient_statistics(rank: int) -> None:
     """Six examples for blocks of order 24: as far from one process as that is from itself in another order of sums."""
 
@@ -168,7 +153,6 @@ if __name__ == "__main__":
             an_adapter_fails_on_one_rank,
             a_plan_differs_on_one_rank,
             a_piece_is_missing,
-            a_gradient_is_not_finite_on_one_rank,
             rank_deficient_statistics,
             well_blocked_is_without_traffic,
             what_is_not_supported_is_named,

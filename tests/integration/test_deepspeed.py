@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched_programs import DEEPSPEED_LAUNCH, free_port
 from launching import TESTS
 from torch import nn
 
@@ -22,7 +23,6 @@ pytest.importorskip("deepspeed")
 sys.path.insert(0, str(Path(__file__).parent))
 from accelerate_script import ACCUMULATE, ADAMW, CLIP, EPOCHS, MICRO_BATCH, ROWS, Net, make_data
 from methods import CONFIGS
-from test_launchers import DEEPSPEED_LAUNCH, free_port
 
 from lightning_soo import Shampoo
 from lightning_soo.integrations.deepspeed import initialize

@@ -22,6 +22,7 @@ from plain_loop import assert_trained
 from worker_trainer import EPOCHS, OPTIONS, Model
 
 from lightning_soo.callbacks import PreconditionerMonitor, SecondOrder
+from lightning_soo.cli import main
 
 HERE = Path(__file__).parent
 QUIET = {
@@ -85,9 +86,7 @@ def test_two_processes(tmp_path: Path, engine: str) -> None:
     assert [line[2:4] for line in table] == [[engine.removeprefix("soo_"), "shampoo"]]  # from one process alone
     found = tmp_path / "end.ckpt"
     if found.is_dir():
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-        dcp_to_torch_save(found, tmp_path / "whole.pt")
+        assert main(["export", str(found), str(tmp_path / "whole.pt")]) == 0
         found = tmp_path / "whole.pt"
     assert_trained(torch.load(found, weights_only=True)["state_dict"], 2, **OPTIONS)
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -171,7 +170,7 @@ def test_what_is_printed_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "printed.yaml").write_text(printed[-1])
     assert printed[0] == printed[1]
     (callback,) = yaml.safe_load(printed[0])["trainer"]["callbacks"]
-    assert callback == {**given, "init_args": {"config": None, **given["init_args"]}}
+    assert callback == {**given, "init_args": {"config": None, "adopt": False, **given["init_args"]}}
     again = cli(tmp_path, {}, "--config", str(tmp_path / "printed.yaml"), run=False).trainer.callbacks
     (built,) = [one for one in again if isinstance(one, SecondOrder)]
     assert built.method == "kfac" and built.options.keys() == given["init_args"].keys() - {"method"}

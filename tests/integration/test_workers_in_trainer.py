@@ -30,6 +30,7 @@ class Model(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.ending and batch_idx == 6:
             assert len(worker_processes(os.getpid())) == 2
+            assert self.trainer.optimizers[0].diagnostics()["refreshes_in_flight"] > 0  # type: ignore[attr-defined]
             if self.ending == "exception":
                 raise RuntimeError("the user's own")
             os.kill(os.getpid(), {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}[self.ending])

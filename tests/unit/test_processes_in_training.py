@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_processes import wait_until
 from torch import nn
+from worker_jobs import wait_until
 
 from lightning_soo import Shampoo
 from lightning_soo.optim.refreshing import Refresher

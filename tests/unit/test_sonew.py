@@ -105,24 +105,6 @@ def test_the_size_of_gradients_does_not_matter(factor: float) -> None:
     assert (parameters(nets[0]) - parameters(nets[1])).abs().max() < 1e-2 * moved
 
 
-def test_bad_gradients() -> None:
-    """Zero first gradients give no NaN; one that is not finite changes nothing."""
-    net = Net()
-    optimizer = SONew(net, start_preconditioning_step=1)
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert torch.equal(parameters(net), parameters(Net()))
-    train(optimizer, net, 0, 4)
-    before = parameters(net)
-    net.linear.weight.grad[0, 0] = float("nan")  # type: ignore[index]
-    with pytest.warns(UserWarning, match="linear.weight"):
-        optimizer.step()
-    assert torch.equal(parameters(net), before)
-    train(optimizer, net, 4, 8)
-    assert torch.isfinite(parameters(net)).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("statistics_dtype", [None, "bfloat16"])
 def test_half_precision_parameters(statistics_dtype: str | None, dtype: torch.dtype) -> None:

@@ -31,6 +31,10 @@ class FabricSecondOrderDeepSpeedStrategy(NumberedDevice, FabricSecondOrderMixin,
         prepare_config(self.config)
         self.config.setdefault("gradient_clipping", 0.0)
 
+    @property
+    def writes_folders(self) -> bool:
+        return True
+
     def setup_environment(self) -> None:
         if self.root_device.type == "cuda":
             super().setup_environment()

@@ -61,6 +61,10 @@ class FabricSecondOrderFSDPStrategy(FabricSecondOrderMixin, FSDPStrategy):
         super().setup_environment()
         self._fsdp_kwargs["device_mesh"] = init_device_mesh(self.root_device.type, shape)
 
+    @property
+    def writes_folders(self) -> bool:
+        return bool(self._state_dict_type == "sharded")
+
     def setup_module(self, module: nn.Module) -> Any:
         if any(isinstance(inner, FullyShardedDataParallel) for inner in module.modules()):
             return super().setup_module(module)

@@ -47,6 +47,10 @@ class FabricSecondOrderFSDP2Strategy(FabricSecondOrderMixin, ModelParallelStrate
         # replicas of the parameters are no replicas of the data
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
+    @property
+    def writes_folders(self) -> bool:
+        return bool(self._save_distributed_checkpoint)
+
     def setup_environment(self) -> None:
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()

@@ -6,40 +6,43 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
-from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.takeover import check_method, take_over
+from lightning_soo.strategies.fabric.checkpoints import FabricCheckpoints
 
 
-class FabricSecondOrderMixin(ParallelStrategy):
+class FabricSecondOrderMixin(FabricCheckpoints):
     """Takes over the optimizers given to ``fabric.setup`` or ``fabric.setup_optimizers`` and attaches them.
 
     Args:
         method: ``"shampoo"``, ``"soap"``, ``"sonew"`` or ``"kfac"``; None takes nothing over (second-order optimizers
             are attached all the same).
         options: options of the method, see :class:`lightning_soo.Shampoo`.
+        portable_checkpoints: whether checkpoints that are folders can be loaded by any strategy here at any number of
+            ranks; False leaves them to the engine.
+        adopt: whether the state of an AdamW or SGD is taken: its moments go on, preconditioners start anew.
 
     Raises:
         ValueError: unknown method or option, with the nearest name.
     """
 
     engine: ClassVar[str | None] = None  # as SecondOrderOptimizer.attach knows it; None is read from the parameters
-    # whether the engine saves optimizer.state_dict() as it is, with everything we put into it
-    preconditioners_travel_with_optimizer: ClassVar[bool] = False
 
     def __init__(
         self,
         *args: Any,
         method: str | None = "shampoo",
         options: Mapping[str, Any] | None = None,
+        portable_checkpoints: bool = True,
+        adopt: bool = False,
         **kwargs: Any,
     ) -> None:
         check_method(method, options or {})
         super().__init__(*args, **kwargs)
+        self.portable_checkpoints, self.adopt = portable_checkpoints, adopt
         self.method = method
         self.options = dict(options or {})
         self.second_order_optimizers: list[SecondOrderOptimizer] = []
@@ -74,21 +77,9 @@ class FabricSecondOrderMixin(ParallelStrategy):
         """Build its plan for the model as the engine has wrapped it, once."""
         if isinstance(optimizer, SecondOrderOptimizer) and optimizer not in self.second_order_optimizers:
             self.second_order_optimizers.append(optimizer)
+            optimizer.adopts = self.adopt
             optimizer.attach(wrapped, self.engine)
             rank_zero_info(optimizer.plan_table())
-
-    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
-            saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
-            state = {**state, PRECONDITIONERS: saved}
-        super().save_checkpoint(path, state, *args, **kwargs)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        rest = super().load_checkpoint(path, *args, **kwargs)
-        if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
-            # where each rank reads a file of its own, only rank 0's holds them
-            restore_preconditioners(self.second_order_optimizers, self.broadcast(rest.pop(PRECONDITIONERS, None)))
-        return rest
 
     def close_optimizers(self) -> None:
         """Stop background work of the optimizers; Fabric itself never ends a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -16,6 +17,13 @@ def double(arrays: tuple[Any, ...], **_: Any) -> tuple[tuple[Any, ...], dict[str
 
 def slow(arrays: tuple[Any, ...], *, seconds: float) -> tuple[tuple[Any, ...], dict[str, float]]:
     time.sleep(seconds)
+    return double(arrays)
+
+
+def slow_elsewhere(arrays: tuple[Any, ...], *, seconds: float) -> tuple[tuple[Any, ...], dict[str, float]]:
+    """Slow in a background thread, quick in the thread that trains."""
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(seconds)
     return double(arrays)
 
 

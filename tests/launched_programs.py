@@ -1,15 +1,9 @@
-"""Worker processes under the launchers people use: the program runs once per rank, and workers come and go."""
+"""Programs of users that have worker processes, and the launchers that start them."""
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 PLAIN = """
 import os, torch
@@ -78,11 +72,9 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 )
-DEEPSPEED = (
+RANKS = (
     PLAIN
     + """
-import sys
-assert sys.argv[1:] == ["--local_rank=" + os.environ["LOCAL_RANK"], "--of", "the user"]
 torch.distributed.init_process_group("gloo")
 assert torch.distributed.get_world_size() == 2
 net = torch.nn.parallel.DistributedDataParallel(net)
@@ -95,44 +87,39 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 )
+DEEPSPEED = (
+    """
+import os, sys
+assert sys.argv[1:] == ["--local_rank=" + os.environ["LOCAL_RANK"], "--of", "the user"]
+"""
+    + RANKS
+)
+# by launcher: the program, and how many ranks run it
+PROGRAMS = {
+    "stdin": (ONE, 1),
+    "python": (ONE, 1),
+    "torchrun": (RANKS, 2),
+    "accelerate": (ACCELERATE, 2),
+    "lightning": (LIGHTNING, 2),
+    "deepspeed": (DEEPSPEED, 2),
+}
 ACCELERATE_LAUNCH = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
 DEEPSPEED_LAUNCH = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-without_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "program", "ranks"),
-    [
-        ("stdin", ONE, 1),
-        ("accelerate", ACCELERATE, 2),
-        ("lightning", LIGHTNING, 2),
-        pytest.param("deepspeed", DEEPSPEED, 2, marks=without_deepspeed),
-    ],
-)
-def test_the_program_runs_once_per_rank(tmp_path: Path, launcher: str, program: str, ranks: int) -> None:
-    script = tmp_path / "user.py"
-    script.write_text(program)
-    command = {
+def command_of(launcher: str, script: Path) -> list[str]:
+    """What Python is to run for ``script``, by one of several launchers."""
+    return {
         "stdin": ["-"],
+        "python": [str(script)],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
         "accelerate": [*ACCELERATE_LAUNCH, str(script)],
         "lightning": [str(script)],
         "deepspeed": [*DEEPSPEED_LAUNCH, "--master_port", str(free_port()), str(script), "--of", "the user"],
     }[launcher]
-    run = subprocess.run(
-        [sys.executable, *command],
-        input=program if launcher == "stdin" else None,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = sorted(line for line in run.stdout.splitlines() if line.startswith(("running", "done")))
-    assert lines == sorted(f"{word} {rank}" for word in ("running", "done") for rank in range(ranks))
 
 
 def free_port() -> int:

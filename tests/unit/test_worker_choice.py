@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_soo import RefreshError, Shampoo, WorkerOptions
+from lightning_soo import Shampoo, WorkerOptions
 from lightning_soo.refresh import workers
 from lightning_soo.refresh.cores import available_cores
 from lightning_soo.refresh.workers import Machine, make_executor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import job_functions  # noqa: F401 - found by workers through this path
 
 
 @pytest.mark.parametrize(
@@ -136,48 +132,6 @@ def test_refreshes_that_cannot_keep_up_are_said_once(
     assert caplog.text.count("cannot keep up") == 1 and "precondition_frequency (2)" in caplog.text
     assert optimizer.diagnostics()["refresh_wait_seconds"] > 0.1
     optimizer.close()
-
-
-@pytest.mark.parametrize("kind", ["inline", "thread", "process"])
-@pytest.mark.parametrize("function", ["fail", "not_finite", "wrong_shape"])
-def test_failures_keep_the_previous_root_and_then_raise(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str, function: str
-) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(RefreshError, match="weight/0:6x0:6: 3 refreshes in a row"):
-        train(monkeypatch, function, workers={"kind": kind, "max_failures": 3})
-    assert caplog.text.count("the previous root stays in use") == 3
-
-
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_results_of_before_a_restore_are_dropped(kind: str) -> None:
-    """State is loaded, and a group added, while refreshes are in flight: as if they had never been started."""
-
-    def run(net: nn.Module, optimizer: Shampoo, first: int, last: int) -> None:
-        for step in range(first, last):
-            optimizer.zero_grad()
-            net(torch.randn(4, 60, generator=torch.Generator().manual_seed(step))).square().mean().backward()
-            optimizer.step()
-
-    found = []
-    for disturbed in (False, True):
-        torch.manual_seed(0)
-        net, extra = nn.Linear(60, 60), nn.Parameter(torch.ones(3, 3))
-        options = {"precondition_frequency": 3, "start_preconditioning_step": 2, "refresh_delay": 2}
-        optimizer = Shampoo(net, **options, workers={"kind": kind, "count": 2})
-        run(net, optimizer, 0, 6)
-        if disturbed:
-            weights = {name: value.clone() for name, value in net.state_dict().items()}
-            state = copy.deepcopy(optimizer.state_dict())
-            run(net, optimizer, 6, 9)
-            assert optimizer.diagnostics()["refreshes_in_flight"] > 0
-            net.load_state_dict(weights)
-            optimizer.load_state_dict(state)
-        run(net, optimizer, 6, 9)
-        optimizer.add_param_group({"params": [("extra", extra)]})
-        run(net, optimizer, 9, 15)
-        optimizer.close()
-        found.append(torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]))
-    assert torch.equal(*found)
 
 
 def test_a_result_that_was_saved_in_flight_is_used_in_the_dtype_of_the_run_that_loads_it() -> None:
