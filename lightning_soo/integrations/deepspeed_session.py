@@ -29,6 +29,7 @@ from lightning_soo.integrations.deepspeed_state import (
 )
 from lightning_soo.integrations.session import OptimizerSession, innermost
 from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.transport import share_object
 
 
 class EngineSession(OptimizerSession):
@@ -73,7 +74,7 @@ class EngineSession(OptimizerSession):
         @wraps(load)
         def load_with_ours(*arguments: Any, **options: Any) -> Any:
             given = _given(load, arguments, options)
-            tag = _latest(given["load_dir"]) if given["tag"] is None else given["tag"]
+            tag = share_object(_latest(given["load_dir"]) if given["tag"] is None else given["tag"])
             path = Path(given["load_dir"]) / str(tag)
             if tag is not None and second_order_folder.is_there(path / second_order_folder.NAME):
                 if given["custom_load_fn"] is None:
