@@ -57,6 +57,7 @@ class SecondOrder(Callback):
             read = config if isinstance(config, Config) else load_config(config)
             kept = read.options if method in (None, read.method) else {}
             method, options, monitor = method or read.method, {**kept, **options}, read.monitor
+            adopt = adopt or read.adopt
         check_method(method or "shampoo", options)
         self.method = method or "shampoo"
         self.options = options
