@@ -155,10 +155,17 @@ class _Course:
             if now >= moment or (is_over and ending in ("one killed", "all killed")):
                 return self._kill(self._victims())
             if is_over and ending.endswith("in a save") and any("saving" in line for line in news):
-                time.sleep(self.draw.uniform(0.0, self.soak.save_seconds))
+                self._wait_for_a_save()
                 return self._kill(self._victims())
             time.sleep(0.002)
         return []
+
+    def _wait_for_a_save(self) -> None:
+        """Until some way into the save that has just been announced."""
+        limit = time.monotonic() + 1.0
+        while time.monotonic() < limit and not [*(self.soak.folder / "checkpoints").glob("*.unfinished")]:
+            time.sleep(0.001)
+        time.sleep(self.draw.uniform(0.0, 0.7 * self.soak.save_seconds))
 
     def _hear(self, line: Line, now: float) -> None:
         if "start" in line:
