@@ -62,7 +62,7 @@ class AcceleratorCheckpoints:
         folder, parts = self._newest() if input_dir is None else Path(input_dir).expanduser(), self._parts()
         if folder is None or not folder.is_dir() or not has_parts(folder):
             if folder is not None and folder.is_dir() and self._optimizers():
-                refuse_first_order(self._accelerator, folder)
+                refuse_first_order(self._accelerator, folder, self._optimizers())
             self._load_state(input_dir, *arguments, **options)
             return
         if parts is None:

@@ -17,6 +17,7 @@ from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.checkpoint.side_file import FILE as SIDE_FILE
 from lightning_soo.checkpoint.side_file import read_side_file, write_side_file
+from lightning_soo.checkpoint.sources import read_file
 from lightning_soo.checkpoint_folders import check_checkpoint, load_checkpoint, save_checkpoint
 from lightning_soo.integrations import deepspeed_state, second_order_folder
 from lightning_soo.integrations.session import innermost
@@ -153,14 +154,19 @@ def load_preconditioners(accelerator: Any, optimizers: Sequence[SecondOrderOptim
         read_side_file(optimizers, folder, accelerator.is_main_process)
 
 
-def refuse_first_order(accelerator: Any, folder: str | Path) -> None:
-    """Before FSDP loads a checkpoint without anything of second order, of which it would say what keys it misses.
+def refuse_first_order(accelerator: Any, folder: str | Path, optimizers: Sequence[SecondOrderOptimizer]) -> None:
+    """Before anything is loaded of a checkpoint that has no folder of ours.
 
     Raises:
-        CheckpointError: there is none; on every rank.
+        CheckpointError: it is of a first-order run, which nobody has asked to adopt, or its optimizers do not fit;
+            under FSDP also where it is to be adopted. On every rank.
     """
     if str(accelerator.distributed_type.value) != "FSDP":
-        return  # the optimizer says so
+        for index, optimizer in enumerate(optimizers):
+            file = Path(folder) / (f"optimizer_{index}.bin" if index else "optimizer.bin")
+            if file.is_file() and not optimizer.is_sharded:
+                optimizer.check_state_dict(read_file(file))
+        return
     if not second_order_folder.from_first_rank((Path(folder) / SIDE_FILE).is_file):
         raise CheckpointError(
             f"{folder} is of a first-order run: adopt: true takes its moments in one process, under DDP and ZeRO, but "

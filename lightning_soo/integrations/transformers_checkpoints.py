@@ -32,13 +32,14 @@ from lightning_soo.optim.base import SecondOrderOptimizer
 _SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 
 
-def install_checkpoints(asks: Callable[[Any], bool]) -> None:
+def install_checkpoints(asks: Callable[[Any], bool], adopts: Callable[[Any], bool]) -> None:
     """Let Trainers that train to second order save and load a folder of ours, ``second_order``; others are left alone.
 
     Weights and moments of a checkpoint that has it come from there, at once, and are checked before anything changes.
 
     Args:
         asks: whether a Trainer, whose optimizer may not be there yet, will train to second order.
+        adopts: whether it takes the checkpoint of a first-order run.
     """
     save, load_weights, load = (
         Trainer._save_optimizer_and_scheduler,
@@ -68,6 +69,8 @@ def install_checkpoints(asks: Callable[[Any], bool]) -> None:
         if asks(self) and has_parts(resume_from_checkpoint):
             self._second_order_waits = resume_from_checkpoint  # for the optimizer, to load all or nothing
             return
+        if asks(self):
+            _refuse_first_order(Path(resume_from_checkpoint), adopt=adopts(self))
         load_weights(self, resume_from_checkpoint, model)
 
     @functools.wraps(load_engine)
@@ -95,7 +98,7 @@ def install_checkpoints(asks: Callable[[Any], bool]) -> None:
             )
         is_ours = bool(optimizers) and checkpoint is not None
         if is_ours and any(Path(str(checkpoint)).glob("optimizer*")):  # with weights alone optimizers start anew
-            refuse_first_order(self.accelerator, str(checkpoint))
+            refuse_first_order(self.accelerator, str(checkpoint), optimizers)
         load(self, checkpoint)
         if is_ours:
             load_preconditioners(self.accelerator, optimizers, str(checkpoint))
@@ -104,6 +107,20 @@ def install_checkpoints(asks: Callable[[Any], bool]) -> None:
     Trainer._load_from_checkpoint = load_from_checkpoint
     Trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
     transformers.trainer.deepspeed_load_checkpoint = load_engine_checkpoint
+
+
+def _refuse_first_order(checkpoint: Path, *, adopt: bool) -> None:
+    """Before weights are loaded, when there is no optimizer yet that could look at its own state.
+
+    Raises:
+        CheckpointError: damaged, or of a first-order run that is not to be adopted.
+    """
+    file = checkpoint / "optimizer.pt"
+    if file.is_file() and "second_order" not in read_file(file) and not adopt:
+        raise CheckpointError(
+            f"{checkpoint} is of a first-order run: adopt: true in the configuration takes its moments, and "
+            "preconditioners start anew"
+        )
 
 
 def _optimizers(trainer: Any) -> list[SecondOrderOptimizer]:

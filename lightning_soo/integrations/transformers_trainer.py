@@ -42,7 +42,7 @@ def install_trainer() -> None:
 
     create_optimizer.second_order = True  # type: ignore[attr-defined]
     Trainer.create_optimizer = create_optimizer
-    install_checkpoints(_asks)
+    install_checkpoints(_asks, _adopts)
 
 
 def configuration_of(trainer: Any) -> tuple[Config | None, str | None]:
@@ -123,6 +123,12 @@ def _unbind(session: Session) -> None:
     if isinstance(session.loss_divisor, LossDivisor):
         session.loss_divisor.close()
     session.loss_divisor = None
+
+
+def _adopts(trainer: Any) -> bool:
+    """Whether it takes the checkpoint of a first-order run."""
+    config = configuration_of(trainer)[0]
+    return bool(config is not None and config.adopt) or bool(getattr(innermost(trainer.optimizer), "adopts", False))
 
 
 def _asks(trainer: Any) -> bool:

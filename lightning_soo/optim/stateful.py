@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from lightning_soo.checkpoint.errors import CheckpointError
@@ -93,53 +94,65 @@ class StatefulOptimizer(PlannedOptimizer):
             CheckpointError: another optimizer's state without ``adopt``, an incomplete one, other parameters or blocks.
         """
         report = LoadReport()
-        state_dict, saved = _separate(state_dict)
-        if saved is not None and self.is_sharded:
-            blocks = self._fitting(saved, dict.fromkeys(saved.get("names", ())), report)
-            if strict:
-                report.refuse()
-            self._load_torch(state_dict)
-            self._load_checked(blocks)
-            return report
-        if saved is None and self.is_sharded:
+        self._loader(state_dict, report, strict, self.adopts if adopt is None else adopt)()
+        return report
+
+    def check_state_dict(
+        self, state_dict: Mapping[str, Any], *, strict: bool = True, adopt: bool | None = None
+    ) -> LoadReport:
+        """What :meth:`load_state_dict` would do with the same arguments, or raise; nothing is changed."""
+        report = LoadReport()
+        self._loader(state_dict, report, strict, self.adopts if adopt is None else adopt)
+        return report
+
+    def _loader(
+        self, state_dict: Mapping[str, Any], report: LoadReport, strict: bool, adopts: bool
+    ) -> Callable[[], None]:
+        """Check everything, and return what then loads it."""
+        rest, saved = _separate(state_dict)
+        if self.is_sharded and saved is None:
             # engines that shard the state pass torch's part alone; the blocks come by load_blocks
-            adopts = self.adopts if adopt is None else adopt
-            if not is_of_another(self, state_dict):
-                self._load_torch(state_dict)
-            elif adopts:
-                self._load_torch(with_own_options(self, state_dict))
-                for member in self._members:
-                    if member.counter is not None:  # of its own, where several share one tensor
-                        member.counter.fill_(float(self.state[member.tensor].get("step", 0.0)))
-            else:
+            if is_of_another(self, rest) and not adopts:
                 raise CheckpointError(
                     f"this is not a state of {type(self).__name__}, but of another optimizer: adopt: true in the "
                     "configuration takes the moments of AdamW or SGD, and preconditioners start anew"
                 )
-            self._awaits_blocks = self._has_moved() and not self._has_loaded_blocks
-            if self._awaits_blocks and adopts:
-                self.restart_blocks()
-            return report
-        if saved is None and (self.adopts if adopt is None else adopt):
-            self._load_torch(adopted(self, state_dict, report))
-            self._awaits_blocks = False
-            logger.info("a torch optimizer's state was taken over:\n%s", report)
-            return report
+            return partial(self._load_sharded, rest, adopts)
+        if saved is None and adopts:
+            return partial(self._load_adopted, adopted(self, rest, report), report)
         if not isinstance(saved, Mapping):
             raise CheckpointError(
                 f"this is not a state of {type(self).__name__}: the key 'second_order' is missing (the state of "
                 "another optimizer? load_state_dict(..., adopt=True), or the key adopt: true of a configuration, takes "
                 "the moments of a torch optimizer)"
             )
-        shapes = shapes_in(state_dict, list(saved.get("names", ())))
-        blocks = self._fitting(saved, shapes, report)
+        names = list(saved.get("names", ()))
+        blocks = self._fitting(saved, dict.fromkeys(names) if self.is_sharded else shapes_in(rest, names), report)
         if strict:
             report.refuse()
-        self._load_torch(
-            state_dict if report.is_complete else by_position(self, state_dict, list(saved["names"]), report.taken)
-        )
+        whole = report.is_complete or self.is_sharded
+        return partial(self._load_both, rest if whole else by_position(self, rest, names, report.taken), blocks)
+
+    def _load_both(self, rest: dict[str, Any], blocks: Mapping[str, Any]) -> None:
+        self._load_torch(rest)
         self._load_checked(blocks)
-        return report
+
+    def _load_adopted(self, rest: dict[str, Any], report: LoadReport) -> None:
+        self._load_torch(rest)
+        self._awaits_blocks = False
+        logger.info("a torch optimizer's state was taken over:\n%s", report)
+
+    def _load_sharded(self, rest: dict[str, Any], adopts: bool) -> None:
+        if not is_of_another(self, rest):
+            self._load_torch(rest)
+        else:
+            self._load_torch(with_own_options(self, rest))
+            for member in self._members:
+                if member.counter is not None:  # of its own, where several share one tensor
+                    member.counter.fill_(float(self.state[member.tensor].get("step", 0.0)))
+        self._awaits_blocks = self._has_moved() and not self._has_loaded_blocks
+        if self._awaits_blocks and adopts:
+            self.restart_blocks()
 
     adopts = False
     """Whether loading takes a torch optimizer's state without being asked; front doors set it."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
+from lightning_soo.checkpoint.sources import read_file
 from lightning_soo.checkpoint_folders import load_checkpoint, save_checkpoint
 from lightning_soo.optim.base import SecondOrderOptimizer
 
@@ -61,6 +62,8 @@ class FabricCheckpoints(ParallelStrategy):
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if isinstance(path, (str, Path)) and store.is_store(path):
             return self._load_folder(Path(self.broadcast(path)), state)
+        if isinstance(path, (str, Path)) and Path(path).is_file() and isinstance(state, dict):
+            _check_file(Path(path), state)
         rest = super().load_checkpoint(path, state, *args, **kwargs)
         if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
             # where each rank reads a file of its own, only rank 0's holds them
@@ -82,6 +85,18 @@ class FabricCheckpoints(ParallelStrategy):
             else:
                 given[name] = rest.pop(name)
         return rest
+
+
+def _check_file(path: Path, state: Mapping[str, Any]) -> None:
+    """Before Fabric loads one thing after the other.
+
+    Raises:
+        CheckpointError: damaged, or the state of an optimizer that does not fit.
+    """
+    saved = read_file(path)
+    for name, value in state.items():
+        if isinstance(value, SecondOrderOptimizer) and not value.is_sharded and name in saved:
+            value.check_state_dict(saved[name])
 
 
 def _objects(state: Mapping[str, Any]) -> tuple[nn.Module | None, list[Any]]:
