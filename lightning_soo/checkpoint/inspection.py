@@ -115,6 +115,8 @@ def _optimizer(number: int, optimizer: Mapping[str, Any]) -> list[str]:
     words.append(f"{len(optimizer['parameters'])} parameters in {len(optimizer['groups'])} groups")
     if blocks.get("blocks"):
         words.append(f"{len(blocks['blocks'])} blocks, {len(blocks['in_flight'])} refreshes in flight")
+    if optimizer.get("plan"):
+        words.append(f"plan {optimizer['plan'][:8]}")
     if optimizer.get("engine"):
         words.append(f"saved under {optimizer['engine']}")
     rates = sorted({float(group["lr"]) for group in optimizer["groups"] if "lr" in group})

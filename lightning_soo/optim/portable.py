@@ -18,6 +18,7 @@ from lightning_soo.checkpoint.weights import MODEL
 from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.stateful import StatefulOptimizer
 from lightning_soo.placement.fragments import Fragment, to_local
+from lightning_soo.transport import entries_of
 
 Portable = StatefulOptimizer | GatheredOptimizer
 
@@ -46,6 +47,7 @@ def give(optimizer: Portable, number: int) -> tuple[dict[str, Any], list[Piece]]
     content: dict[str, Any] = {
         "class": type(optimizer).__name__,
         "engine": layout.engine,
+        "configuration": entries_of(optimizer.options),
         "parameters": {
             spec.name: {"group": group, "trainable": spec.requires_grad}
             for spec, group in zip(layout.specs, layout.groups, strict=True)
@@ -54,6 +56,8 @@ def give(optimizer: Portable, number: int) -> tuple[dict[str, Any], list[Piece]]
         "state": steps,
     }
     if isinstance(optimizer, StatefulOptimizer):
+        assert optimizer._plan is not None
+        content["plan"] = optimizer._plan.blocks_digest()
         content["blocks"], arrays = take_apart(optimizer.blocks_share(), f"optimizer.{number}/blocks")
         pieces += arrays
     return content, pieces

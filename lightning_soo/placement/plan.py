@@ -187,6 +187,15 @@ class Plan:
         buckets = [[part, [[t.key for t in b.travellers] for b in found]] for part, found in self.buckets.items()]
         return hashlib.sha256(json.dumps([self.table.digest_rows(), rows, buckets]).encode()).hexdigest()
 
+    def blocks_digest(self) -> str:
+        """Hash of what is preconditioned and in which blocks: the same at any number of ranks under any engine."""
+        rows = sorted(
+            [p.name, list(p.spec.shape), p.chain, [[u.key, list(u.block.dims)] for u in p.units]]
+            for p in self.parameters
+            if p.is_preconditioned
+        )
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
 
 def build_plan(
     specs: Sequence[ParameterSpec],

@@ -14,6 +14,7 @@ from engines import Engine, deviation, every_engine
 from launching import leave
 
 import lightning_soo
+from lightning_soo.checkpoint.sources import FolderSource
 
 # refreshes are in flight when the checkpoint is written (every 4 steps from 3, swapped 3 later), and differ by block
 SAVED, LAST = 8, 14
@@ -43,6 +44,9 @@ def write(kind: type[Engine], method: str, folder: Path, rank: int, ranks: int) 
 def read(kind: type[Engine], method: str, folder: Path, rank: int, ranks: int) -> None:
     engine = kind(options_of(method))
     engine.train(0, 2, rank, ranks)  # it is no fresh one
+    saved = FolderSource(folder).content["optimizers"][0]
+    assert engine.optimizer._plan is not None and saved["plan"] == engine.optimizer._plan.blocks_digest()
+    assert any(entry.startswith("max_preconditioner_dim=") for entry in saved["configuration"])
     report, extra = lightning_soo.load_checkpoint(folder, engine.model, engine.optimizer)
     assert report.is_complete and extra == {"step": SAVED}, report
     engine.train(SAVED, LAST, rank, ranks)
