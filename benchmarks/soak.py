@@ -220,6 +220,8 @@ def main() -> int:
     options = parse()
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="soak"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"--folder {folder}: it is not empty, and a soak begins at step 0")
     where = machine()
     soak = Soak(options, folder)
     soak.run()

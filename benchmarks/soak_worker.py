@@ -27,7 +27,7 @@ from lightning_soo import BackgroundSaver, CheckpointError, load_checkpoint, new
 
 PEER_HAS_GONE = 3
 GROUP_TIMEOUT = 30.0  # seconds
-BREAKS = ("step", "process", "descriptor")
+BREAKS = ("step", "process", "descriptor", "memory")
 
 
 class Rank:
@@ -72,6 +72,7 @@ class Training(Rank):
         self.life = arguments.life
         self.saver = BackgroundSaver()
         self.under_way: int | None = None
+        self.leaked: list[torch.Tensor] = []
         self.journal = Journal(self.folder / "journal.jsonl") if self.rank == 0 else None
         self.samples = Sampler(self.folder / f"samples-{self.life}-{self.rank}")
         newest = newest_complete(self.folder / "checkpoints")
@@ -115,6 +116,8 @@ class Training(Rank):
         self.own.stop = step + 1
         if "descriptor" in self.arguments.breaks:
             os.open(os.devnull, os.O_RDONLY)
+        if "memory" in self.arguments.breaks:
+            self.leaked.append(torch.ones(2**20, dtype=torch.uint8))
         self.note(step=step, did=outcome)
         self.samples.take(step)
 

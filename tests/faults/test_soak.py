@@ -47,14 +47,15 @@ def test_ranks_and_workers_are_killed_and_nothing_is_violated(tmp_path: Path) ->
 
 
 def test_what_is_planted_is_found(tmp_path: Path) -> None:
-    """Steps that the journal has and the optimizer has not, a process left behind, a descriptor each step."""
+    """Steps that the journal has and the optimizer has not, a process left behind, a descriptor and 1 MiB a step."""
     status, log = soak(
         tmp_path,
-        *("--seed", "0", "--steps", "60", "--minutes", "0", "--breaks", "step", "process", "descriptor"),
+        *("--seed", "0", "--steps", "60", "--minutes", "0", "--breaks", "step", "process", "descriptor", "memory"),
     )
     assert status == 1, log
     violations = re.findall(r"VIOLATION: (.*)", log)
-    for planted in ("end-0.pt deviates", "process .* goes on after life 0", "descriptors of rank . grew within life 0"):
+    grown = [f"{kind} of rank . grew within life 0" for kind in ("descriptors", "memory, MiB")]
+    for planted in ("end-0.pt deviates", "process .* goes on after life 0", *grown):
         assert any(re.match(planted, text) for text in violations), log
     deviation = re.findall(r"end-0.pt deviates by (\S+) of the movement", log)[0]
     assert float(deviation) > 1e-6
