@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_soo.checkpoint.sources import read_file
+from lightning_soo.transport import gather_objects
 
 FILE = "deepspeed.pt"
 """Of a checkpoint folder: schedulers and the client's state."""
@@ -63,10 +64,8 @@ def engine_state(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]
         "data_sampler": engine.training_dataloader.data_sampler.state_dict() if _has_curriculum(engine) else None,
     }
     clients = [plain_copy(dict(client_state))]
-    if engine.zero_optimization_partition_weights() and dist.get_world_size() > 1:
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, clients[0])
-        clients = gathered
+    if engine.zero_optimization_partition_weights():
+        clients = gather_objects(clients[0])
     found = {name: plain_copy(value) for name, value in {**parts, "client_states": clients}.items()}
     left_out = [name for name, value in parts.items() if value is not None and found[name] is None]
     if any(client is None for client in clients):

@@ -253,6 +253,15 @@ def share_object(value: Any) -> Any:
     return carried[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's plain data, on every rank that torch knows of. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def pack_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """Lay tensors of any dtypes end to end as bytes, each padded to 8 so that views stay aligned."""
     flat = torch.zeros(packed_size(tensors), dtype=torch.uint8)
