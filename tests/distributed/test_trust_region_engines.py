@@ -10,14 +10,15 @@ from launching import torchrun
 
 WORKER = Path(__file__).parent / "worker_trust_region.py"
 ALL_ENGINES = bool(os.environ.get("SOO_TEST_ALL_ENGINES"))
-TWO = ["ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp1-ignored", "fsdp1-checkpointing", "fsdp2-checkpointing"]
+TWO = ["ddp", "fsdp1-flat", "fsdp2", "fsdp2-checkpointing"]
+MORE = ["fsdp1", "fsdp1-ignored", "fsdp1-checkpointing", "fsdp1-no-shard", "fsdp1-shard-grad-op", "fsdp2-offload"]
 
 
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
-        (2, TWO + (["fsdp1-no-shard", "fsdp1-shard-grad-op", "fsdp2-offload"] if ALL_ENGINES else [])),
-        (4, ["ddp", "hsdp", "fsdp1-hybrid"]),
+        (2, TWO + (MORE if ALL_ENGINES else [])),
+        (4, ["ddp", "hsdp", "fsdp1-hybrid"] if ALL_ENGINES else ["hsdp"]),
         *([(1, ["ddp", "fsdp1", "fsdp2"]), (3, ["ddp", "fsdp1-flat", "fsdp2"])] if ALL_ENGINES else []),
     ],
 )

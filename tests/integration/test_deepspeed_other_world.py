@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_soo.integrations.deepspeed_other_world import saved_world_size
 WORKER = Path(__file__).parent / "worker_deepspeed_other_world.py"
 
 
+@pytest.mark.skipif(not os.environ.get("SOO_TEST_ALL_ENGINES"), reason="minutes; SOO_TEST_ALL_ENGINES=1")
 def test_every_stage(tmp_path: Path) -> None:
     """Weights, moments and all that the engine counts come back, and training goes on as if it had not stopped."""
     for ranks in (2, 1):
