@@ -137,12 +137,14 @@ def make_members(
     rank: int,
     previous: Sequence[Member],
     block_class: type[KroneckerBlock] = KroneckerBlock,
+    fast_bfloat16: bool = False,
 ) -> list[Member]:
     """The members of a plan on one rank; blocks and counters of an earlier plan go on.
 
     Args:
         groups: parameter groups, as ``layout`` numbers them.
         states: the optimizer's state; what the graft needs is created in it now, so that every engine saves it.
+        fast_bfloat16: see :meth:`ShampooOptions.root_dtype`.
     """
     old = {block.block.key: block for member in previous for block in member.blocks}
     counters = {member.name: member.counter for member in previous if member.counter is not None}
@@ -150,7 +152,7 @@ def make_members(
     members = []
     for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
         blocks = [
-            old.get(unit.key) or _new_block(block_class, unit, fragment, planned.spec, options)
+            old.get(unit.key) or _new_block(block_class, unit, fragment, planned.spec, options, fast_bfloat16)
             for unit in planned.units
         ]
         for unit, block in zip(planned.units, blocks, strict=True):
@@ -189,11 +191,12 @@ def _new_block(
     fragment: Fragment,
     spec: ParameterSpec,
     options: ShampooOptions,
+    fast_bfloat16: bool,
 ) -> KroneckerBlock:
     return block_class(
         block=unit.block,
         exponent=options.exponent_override or 2.0 * len(unit.block.dims),
-        compute_dtype=options.root_dtype(spec.dtype),
+        compute_dtype=options.root_dtype(spec.dtype, unit.block, fast_bfloat16=fast_bfloat16),
         statistics_dtype=options.statistics_dtype(spec.dtype),
         device=to_local(fragment.tensor).device,
     )

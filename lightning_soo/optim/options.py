@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_soo.naming import nearest
-from lightning_soo.placement.blocks import MERGE_DIMS, BlockRules
+from lightning_soo.placement.blocks import MERGE_DIMS, Block, BlockRules
 from lightning_soo.placement.chains import CHAINS
+from lightning_soo.placement.costs import product_flops
 from lightning_soo.placement.overrides import Override
 from lightning_soo.refresh.schedule import Interval
 from lightning_soo.refresh.workers import WorkerOptions
@@ -24,6 +25,11 @@ GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_no
 GRAFT_NORMS = ("parameter", "block")
 NONFINITE = ("skip", "raise")
 BASES = ("eigh", "qr")
+AUTOMATIC = "auto"
+# below this a product takes longer in bfloat16: 64 x 64 has 1e6 flops, 256 x 256 has 7e7
+_BFLOAT16_FLOPS = 1e7
+# as good as every step in all that was measured, at a tenth of the cost (benchmarks/NOTES.md)
+_RAREST_STATISTICS = 10
 # what a parameter group may set for itself; everything else belongs to the optimizer (or to `overrides`)
 GROUP_OPTIONS = (
     "lr",
@@ -64,7 +70,7 @@ class ShampooOptions:
     nonfinite: str = "skip"
     exchange_bucket_bytes: int = 2**25
     collective_timeout: float | None = None
-    compute_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | str | None = None
     overrides: tuple[Override, ...] = ()
     workers: WorkerOptions = field(default_factory=WorkerOptions)
     ridge: ClassVar[str] = "preconditioner_eps"  # what to raise where a matrix cannot be inverted
@@ -77,14 +83,19 @@ class ShampooOptions:
         workers: str | WorkerOptions | Mapping[str, Any],
         compute_dtype: torch.dtype | str | None,
         precondition_frequency: int | Interval | Mapping[str, Any],
+        statistics_frequency: int | None = None,
         **options: Any,
     ) -> Self:
         """Build from what a user or a configuration file writes: plain values, dtypes by name."""
+        interval = Interval.parse(precondition_frequency)
+        if statistics_frequency is None:
+            statistics_frequency = min(_RAREST_STATISTICS, max(1, interval.max // 10))
         return cls(
             overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
             workers=WorkerOptions.parse(workers),
-            compute_dtype=parse_dtype(compute_dtype),
-            precondition_frequency=Interval.parse(precondition_frequency),
+            compute_dtype=AUTOMATIC if compute_dtype == AUTOMATIC else parse_dtype(compute_dtype),
+            precondition_frequency=interval,
+            statistics_frequency=statistics_frequency,
             **options,
         )
 
@@ -135,9 +146,19 @@ class ShampooOptions:
         """float32, or float64 for float64 parameters: squares of half-precision numbers need the range."""
         return torch.float64 if parameter_dtype == torch.float64 else torch.float32
 
-    def root_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
-        """``compute_dtype``, else that of the statistics."""
-        return self.compute_dtype or self.statistics_dtype(parameter_dtype)
+    def root_dtype(self, parameter_dtype: torch.dtype, block: Block, *, fast_bfloat16: bool) -> torch.dtype:
+        """``compute_dtype``, else that of the statistics.
+
+        Args:
+            fast_bfloat16: whether products in bfloat16 are much faster than in float32, on every rank: then
+                ``"auto"`` is bfloat16 for blocks that are large enough.
+        """
+        if isinstance(self.compute_dtype, torch.dtype):
+            return self.compute_dtype
+        wide = self.statistics_dtype(parameter_dtype)
+        if self.compute_dtype is None or wide != torch.float32 or not fast_bfloat16:
+            return wide
+        return torch.bfloat16 if product_flops(block) >= _BFLOAT16_FLOPS else wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +227,10 @@ def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(value, str):
         name = value.removeprefix("torch.")
         if name not in names:
-            raise ValueError(f"compute_dtype={value!r}{nearest(name, names)}")
+            raise ValueError(f"compute_dtype={value!r}{nearest(name, [*names, AUTOMATIC])}")
         return names[name]
     if value is not None and value not in names.values():
-        raise ValueError(f"compute_dtype={value!r}: choose one of {', '.join(names)}")
+        raise ValueError(f"compute_dtype={value!r}: choose one of {', '.join(names)}, or {AUTOMATIC!r}")
     return value
 
 

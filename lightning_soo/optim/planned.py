@@ -13,15 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
+from lightning_soo.linalg.product_rates import bfloat16_gain
 from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
-from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_repeated, validate_group
+from lightning_soo.optim.options import AUTOMATIC, GROUP_OPTIONS, ShampooOptions, refuse_repeated, validate_group
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.blocks import Block, BlockRules
 from lightning_soo.placement.costs import refresh_milliseconds
+from lightning_soo.placement.fragments import to_local
 from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
@@ -32,6 +34,9 @@ from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree, entries_of
+
+# below this the rounding is not worth it; processors with such instructions reach 2 to 16, those without stay below 1
+_MUCH_FASTER = 1.5
 
 
 class PlannedOptimizer(torch.optim.Optimizer):
@@ -71,6 +76,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._store = BlockStore()
         self._all_groups = []
+        self._fast_bfloat16: bool | None = None  # not measured yet
         self._awaits_blocks = False  # moments were loaded, preconditioners not yet
         self._has_loaded_blocks = False  # since the last step
         self.steps = 0
@@ -111,6 +117,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
             timeout=options.collective_timeout,
             deadline=options.workers.deadline if options.workers.kind != "inline" else None,
         )
+        self._fast_bfloat16 = None  # the ranks may have changed
+        self._has_fast_bfloat16()
         plan, error = None, None
         try:
             plan = self._build_plan(layout, table)
@@ -182,7 +190,19 @@ class PlannedOptimizer(torch.optim.Optimizer):
         roots = sum(math.prod(layout.shape) for layout in kind.root_layouts(block))
         statistics = sum(math.prod(layout.shape) for layout in kind.statistics_layouts(block))
         moments = math.prod(block.shape) * size if kind.needs_gradient else 0
-        return roots * self.options.root_dtype(spec.dtype).itemsize, statistics * size, moments
+        dtype = self.options.root_dtype(spec.dtype, block, fast_bfloat16=self._has_fast_bfloat16())
+        return roots * dtype.itemsize, statistics * size, moments
+
+    def _has_fast_bfloat16(self) -> bool:
+        """Whether ``compute_dtype="auto"`` is bfloat16 here; what all ranks agreed on, once they are connected."""
+        if self.options.compute_dtype != AUTOMATIC:
+            return False
+        if self._fast_bfloat16 is None:
+            devices = {to_local(p).device.type for group in self._groups() for p in group["params"]} - {"meta"}
+            slow = not devices or any(bfloat16_gain(device) < _MUCH_FASTER for device in devices)
+            agreed = self._transport.largest(torch.tensor([float(slow)]), "the rates of products")
+            self._fast_bfloat16 = not agreed.item()
+        return self._fast_bfloat16
 
     def _install_plan(self, plan: Plan, layout: Layout) -> None:
         transport = self._transport
@@ -195,6 +215,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             rank=transport.rank,
             previous=self._members,
             block_class=self.block_class,
+            fast_bfloat16=self._has_fast_bfloat16(),
         )
         self._prepare_members(plan, layout, members)
         blocks = {block.block.key: block for member in members for block in member.blocks}

@@ -165,7 +165,7 @@ class Refresher:
         if entry.known is None and self.places[entry.key].refresher == self._transport.rank:
             begin = time.monotonic()
             result = self.background.result((entry.key, entry.started))
-            if entry.swap > entry.started:
+            if entry.swap > entry.started and self.executor.kind != "deferred":  # those are waited for on purpose
                 self._watch(time.monotonic() - begin, result.seconds)
             restarts = float(self.background.restarts)
             entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)

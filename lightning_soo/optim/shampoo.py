@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.options import ShampooOptions, parameter_group
-from lightning_soo.refresh.schedule import Interval
+from lightning_soo.refresh.schedule import GROWING, Interval
 from lightning_soo.refresh.workers import WorkerOptions
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -38,14 +38,15 @@ class Shampoo(SecondOrderOptimizer):
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
-            short and grows, ``{"first": 5, "growth": 1.5, "max": 100}``: stale roots cost progress early.
+            short and grows, since stale roots cost progress early: the default is 10, 15, 22 and so on up to 100.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
-            executor; 0 is synchronous. None is the interval (while it grows, the one that begins there), except for
-            the very first refresh, which is used at once: until then the graft alone moves.
+            executor; 0 is synchronous. None is a quarter of the interval (while it grows, of the one around that
+            step), except for the very first refresh, which is used at once: until then the graft alone moves.
         stagger: spread the blocks' refreshes over the interval.
         gather_frequency: roots change hands only at multiples of this; None: as soon as the delay is over.
-        statistics_frequency: steps between two updates of the statistics. The last eight steps before the first
-            refresh are all observed, so that the first roots have seen a handful of gradients.
+        statistics_frequency: steps between two updates of the statistics; None is a tenth of the (longest) interval, at
+            most 10. The last eight steps before the first refresh are all observed, so that the first roots have seen a
+            handful of gradients.
         start_preconditioning_step: step of the first refresh of all blocks; None is the (first) interval. Until the
             first roots are in, the graft alone moves.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
@@ -54,8 +55,8 @@ class Shampoo(SecondOrderOptimizer):
             one never have a preconditioner.
         precondition_1d: whether vectors (biases, norms) are preconditioned.
         one_sided_above: a longer dimension has no preconditioner, so that a vocabulary is one-sided: ``G R^(-1/2)``.
-            None is ``8 * max_preconditioner_dim``. The vocabulary side of ``nn.Embedding`` never has one when the
-            model is known.
+            None is 16384, or ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of
+            ``nn.Embedding`` never has one when the model is known.
         exponent_override: ``p`` of ``A^(-1/p)``; None is twice the number of preconditioned dimensions.
         grafting: whose step size is used: None, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``,
             ``"adagrad_normalized"``, ``"rmsprop_normalized"`` (of the gradient divided by its norm).
@@ -67,11 +68,14 @@ class Shampoo(SecondOrderOptimizer):
         collective_timeout: seconds after which a wait for other ranks ends in a ``TransportError`` that names what was
             waited for, and the ranks that have not come; more than three times the workers' ``deadline``. None is the
             process group's own timeout, which is also the longest possible. Under NCCL its watchdog ends the process.
-        compute_dtype: of the roots and the products with them (``torch.bfloat16`` is several times faster on current
-            CPUs and GPUs); None is float32, or float64 for float64 parameters.
+        compute_dtype: of the roots and the products with them. ``"auto"`` is bfloat16 for blocks of about 128 x 128 and
+            more where the rates of such products, measured on every rank's device, are 1.5 times those of float32 (four
+            times on current server CPUs, more on GPUs), unless parameters are float64. None is float32, or float64
+            for float64 parameters. Statistics are float32 and roots are computed in float64 all the same.
         overrides: exceptions by name pattern or module class, first match wins:
             ``[{"match": "lm_head|embed", "method": "none"}, {"match": "Conv2d", "max_preconditioner_dim": 512}]``.
-        workers: ``"auto"``, ``"inline"``, ``"thread"``, ``"process"``, a mapping, or :class:`WorkerOptions`.
+        workers: ``"auto"``, ``"inline"``, ``"deferred"``, ``"thread"``, ``"process"``, a mapping, or
+            :class:`WorkerOptions`.
 
     Raises:
         ValueError: an option out of range (named with its value), or nothing to precondition.
@@ -95,13 +99,13 @@ class Shampoo(SecondOrderOptimizer):
         preconditioner_eps: float = 1e-6,
         relative_eps: bool = True,
         use_bias_correction: bool = True,
-        precondition_frequency: int | Interval | Mapping[str, Any] = 20,
+        precondition_frequency: int | Interval | Mapping[str, Any] = GROWING,
         refresh_delay: int | None = None,
         stagger: bool = True,
         gather_frequency: int | None = None,
-        statistics_frequency: int = 1,
+        statistics_frequency: int | None = None,
         start_preconditioning_step: int | None = None,
-        max_preconditioner_dim: int = 1024,
+        max_preconditioner_dim: int = 512,
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
@@ -112,7 +116,7 @@ class Shampoo(SecondOrderOptimizer):
         nonfinite: str = "skip",
         exchange_bucket_bytes: int = 2**25,
         collective_timeout: float | None = None,
-        compute_dtype: torch.dtype | str | None = None,
+        compute_dtype: torch.dtype | str | None = "auto",
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:

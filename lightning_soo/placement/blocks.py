@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 MERGE_DIMS = ("none", "kernel", "all")
 
+# above the widths of models, below most vocabularies
+_WIDEST = 16384
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRules:
@@ -23,7 +26,9 @@ class BlockRules:
     @property
     def one_sided_limit(self) -> int:
         """Dimensions above this are left alone rather than cut into many blocks."""
-        return 8 * self.max_preconditioner_dim if self.one_sided_above is None else self.one_sided_above
+        if self.one_sided_above is not None:
+            return self.one_sided_above
+        return max(_WIDEST, 8 * self.max_preconditioner_dim)
 
 
 class ArrayLayout(NamedTuple):

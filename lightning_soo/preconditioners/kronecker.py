@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.linalg.norms import power_of_two_scale
+from lightning_soo.linalg.symmetric import add_gram_
 from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.refresh.jobs import Job, JobResult
 
@@ -61,7 +62,7 @@ class KroneckerStatistics:
             gradient = gradient * self.scale
         for dim, matrix in zip(block.dims, self.matrices, strict=True):
             unfolded = gradient.movedim(dim, 0).reshape(matrix.shape[0], -1)
-            matrix.addmm_(unfolded, unfolded.T, beta=decay, alpha=weight)
+            add_gram_(matrix, unfolded, beta=decay, alpha=weight)
 
     def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
         """What a worker needs to compute this block's roots, but for its arrays: :attr:`matrices`, brought to the host.
@@ -181,14 +182,19 @@ class KroneckerBlock:
             gradient, group: of blocks that need them (``needs_gradient``): the gradient and its parameter group.
         """
         assert self.roots is not None
-        return multiply(filtered.to(self.compute_dtype), self.block.dims, self.roots)
+        return multiply(filtered.to(self.compute_dtype), self.block.dims, self.roots, symmetric=True)
 
 
-def multiply(x: Tensor, dims: Sequence[int], matrices: Sequence[Tensor]) -> Tensor:
-    """Multiply along each of ``dims``: ``M @ unfold_dim(x)``."""
+def multiply(x: Tensor, dims: Sequence[int], matrices: Sequence[Tensor], *, symmetric: bool = False) -> Tensor:
+    """Multiply along each of ``dims``: ``M @ unfold_dim(x)``.
+
+    Args:
+        symmetric: whether all matrices are, exactly: a CPU's bfloat16 product of two matrices as they lie in memory is
+            an eighth faster than one with a transposed matrix.
+    """
     for dim, matrix in zip(dims, matrices, strict=True):
         if x.ndim == 2:
-            x = matrix @ x if dim == 0 else x @ matrix.T
+            x = matrix @ x if dim == 0 else x @ (matrix if symmetric else matrix.T)
         else:
             moved = x.movedim(dim, 0)
             x = (matrix @ moved.reshape(matrix.shape[0], -1)).reshape(moved.shape).movedim(0, dim)

@@ -15,6 +15,9 @@ from lightning_soo.placement.costs import refresh_milliseconds
 # the first roots are computed from no less, whatever the interval of the statistics: two or three gradients give roots
 # that end a short run far worse (autoencoder of the papers, 48 steps: 187 instead of 141)
 _FIRST_GRADIENTS = 8
+# stale roots cost progress early, when statistics change fast: as good as every 10 steps at a fifth of the refreshes
+# (benchmarks/NOTES.md)
+GROWING: Mapping[str, float] = {"first": 10, "growth": 1.5, "max": 100}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +81,10 @@ class RefreshSchedule:
 
     Attributes:
         interval: steps between two refreshes of a block.
-        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once. None is the interval
-            that begins at ``t``, but 0 for the first refresh: without it the graft alone would move meanwhile, and
-            what a large learning rate does then is not made good (the autoencoder of the papers, 400 steps, ended at
-            150 instead of 66).
+        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once. None is a quarter
+            of the interval around ``t``, but 0 for the first refresh: without it the graft alone would move meanwhile,
+            and what a large learning rate does then is not made good (the autoencoder of the papers, 400 steps, ended
+            at 150 instead of 66). Refreshes are spread over the interval, so each has all the workers' time to itself.
         start: step of every block's first refresh.
         gather: roots change hands only at multiples of this; 1 means as soon as the delay is over.
         statistics: steps between two updates of the statistics.
@@ -125,7 +128,7 @@ class RefreshSchedule:
         """First step that uses the roots of a refresh started at ``step``."""
         delay = self.delay
         if delay is None:
-            delay = 0 if step == self.start else self._around(step)[1]
+            delay = 0 if step == self.start else max(1, self._around(step)[1] // 4)
         return -(-(step + delay) // self.gather) * self.gather
 
     def _around(self, step: int) -> tuple[int, int]:
@@ -153,4 +156,5 @@ def stagger_offsets(blocks: Sequence[Block], frequency: int) -> dict[str, int]:
     """Spread refreshes over the interval so that every step carries about the same work."""
     ordered = sorted(blocks, key=lambda block: block.key)
     slots = assign([refresh_milliseconds(block) for block in ordered], frequency)
-    return {block.key: slot for block, slot in zip(ordered, slots, strict=True)}
+    used = max(slots, default=0) + 1  # fewer than steps where there are few blocks: an even distance apart
+    return {block.key: slot * frequency // used for block, slot in zip(ordered, slots, strict=True)}

@@ -14,7 +14,7 @@ from lightning_soo.refresh.executors import Executor, InlineExecutor, ThreadExec
 from lightning_soo.refresh.processes import ProcessExecutor
 
 logger = logging.getLogger(__name__)
-KINDS = ("auto", "inline", "thread", "process")
+KINDS = ("auto", "inline", "deferred", "thread", "process")
 # a refresh of all blocks below this is not worth handing over
 _INLINE_MILLISECONDS = 2.0
 # processes beyond these gain little and cost memory
@@ -27,10 +27,11 @@ class WorkerOptions:
     """How roots are computed. When they are used does not depend on it, and neither do their bits.
 
     Attributes:
-        kind: ``"inline"`` (in the step), ``"thread"`` (background threads), ``"process"`` (background processes), or
-            ``"auto"``: inline for tiny blocks, processes where cores are spare, else one thread.
-        count: how many; None is one, or as many as there are spare cores, or all cores of this rank where the step
-            waits for them anyway (``refresh_delay=0``).
+        kind: ``"inline"`` (in the step that starts them), ``"deferred"`` (in the first step that needs one of them, all
+            that have come at once, while training waits), ``"thread"`` (background threads), ``"process"`` (background
+            processes), or ``"auto"``: inline for tiny blocks, processes where cores are spare, else deferred.
+        count: how many; None is one background thread, as many processes as there are spare cores, and all cores of
+            this rank where the step waits anyway.
         threads_per_worker: BLAS threads of a worker process; with more than one the last bits of a root depend on it.
         cpus: cores that worker processes are pinned to, in turn; None leaves them to the system.
         nice: lowers the priority of worker processes.
@@ -124,16 +125,20 @@ def make_executor(
         if refresh_milliseconds < _INLINE_MILLISECONDS:
             kind, reason = "inline", f"all blocks together take about {refresh_milliseconds:.1f} ms"
         elif waits:
-            kind, reason = "thread" if (options.count or cores) > 1 else "inline", f"refresh_delay=0; {cost}"
+            kind, reason = "deferred" if (options.count or cores) > 1 else "inline", f"refresh_delay=0; {cost}"
         elif spare > 0 and hasattr(os, "memfd_create"):
             kind, reason = "process", f"{spare} of {cost}, spare"
         else:
-            kind, reason = "thread", f"no core is spare: {cost}"
+            kind, reason = "deferred", f"no core is spare: {cost}"
     if kind == "inline":
         return InlineExecutor(), f"in the step ({reason})"
-    count = options.count or (cores if waits else 1 if kind == "thread" else max(1, min(spare, _MOST_PROCESSES)))
+    if kind == "deferred":
+        count = options.count or cores
+        words = f"all that are due at once, on {count} thread{'s' * (count > 1)} while training waits ({reason})"
+        return ThreadExecutor(count, deadline, deferred=True), words
+    count = options.count or (1 if kind == "thread" else max(1, min(spare, _MOST_PROCESSES)))
     plural = "s" if kind == "thread" else "es"
-    words = f"{count} {'background ' * (not waits)}{kind}{plural * (count > 1)} ({reason})"
+    words = f"{count} background {kind}{plural * (count > 1)} ({reason})"
     if kind == "thread":
         return ThreadExecutor(count, deadline), words
     return (

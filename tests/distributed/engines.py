@@ -65,6 +65,7 @@ def make_optimizer(params: Any, options: Options) -> SecondOrderOptimizer:
     if method != "sonew":
         base |= {
             "precondition_frequency": 4,
+            "refresh_delay": 4,  # a whole interval, so that there is always something on its way
             "workers": "inline",
             "exchange_bucket_bytes": 1024,  # small, so that there are several
         }

@@ -27,18 +27,35 @@ def executor() -> Any:
 
 
 def test_the_bits_are_those_of_inline(executor: ProcessExecutor) -> None:
-    inline, thread = InlineExecutor(), ThreadExecutor(2)
+    inline, thread, deferred = InlineExecutor(), ThreadExecutor(2), ThreadExecutor(2, deferred=True)
     jobs = {seed: root_job(20 + 13 * seed, seed) for seed in range(12)}
-    for each in (executor, inline, thread):
+    for each in (executor, inline, thread, deferred):
         for key, job in jobs.items():
             each.submit(key, job)
     for key in reversed(jobs):
-        found = [each.result(key) for each in (executor, inline, thread)]
+        found = [each.result(key) for each in (executor, inline, thread, deferred)]
         assert not found[0].error and found[0].diagnostics == found[1].diagnostics
         for arrays in zip(*(result.arrays for result in found), strict=True):
-            assert np.array_equal(arrays[0], arrays[1]) and np.array_equal(arrays[0], arrays[2])
+            assert all(np.array_equal(arrays[0], other) for other in arrays[1:])
     assert executor.queued == 0 and executor.restarts == 0
     thread.close()
+    deferred.close()
+
+
+def test_deferred_jobs_begin_when_a_result_is_asked_for() -> None:
+    deferred = ThreadExecutor(2, deferred=True)
+    for seed in range(3):
+        deferred.submit(seed, root_job(20, seed))
+    time.sleep(0.2)
+    assert deferred.queued == 3
+    assert not deferred.result(1).error
+    wait_until(lambda: deferred.queued == 0)  # all that had come began with it
+    deferred.submit(7, root_job(20, 7))
+    deferred.close()  # what nobody asked for is dropped
+    assert deferred.queued == 0
+    deferred.submit(8, root_job(20, 8))
+    assert not deferred.result(8).error
+    deferred.close()
 
 
 def test_arrays_are_copied_at_submit(executor: ProcessExecutor) -> None:

@@ -68,6 +68,7 @@ def test_every_executor_gives_the_same_bits(late_jobs: Callable[[], None], optio
     inline = train("inline", **options)
     assert torch.equal(inline, train({"kind": "thread", "count": 1}, **options))
     assert torch.equal(inline, train({"kind": "thread", "count": 3}, **options))
+    assert torch.equal(inline, train({"kind": "deferred", "count": 2}, **options))
     assert torch.equal(inline, train({"kind": "process", "count": 2}, **options))
 
 
@@ -126,8 +127,9 @@ def test_a_growing_interval(
             assert sum(begin <= step < end for step in steps) == 1
         swaps = [plain.swap_step(step) for step in begins]
         assert swaps == sorted(swaps)
-        if delay is None:  # the first roots at once, then one interval later
-            assert swaps[: len(begins) - 1] == [start, *begins[2:]]
+        if delay is None:  # the first roots at once, then a quarter of the interval later
+            quarters = [begin + max(1, (end - begin) // 4) for begin, end in pairwise(begins)]
+            assert swaps[: len(begins) - 1] == [start, *quarters[1:]]
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ from lightning_soo.refresh.workers import Machine, make_executor
 @pytest.mark.parametrize(
     ("cores", "machine", "delay", "milliseconds", "kind", "count"),
     [
-        (2, Machine(trainer_cores=2), None, 500.0, "thread", 1),  # a laptop: no core is spare
+        (2, Machine(trainer_cores=2), None, 500.0, "deferred", 2),  # a laptop: no core is spare
         (2, Machine(trainer_cores=1), None, 500.0, "process", 1),
-        (2, Machine(trainer_cores=1, data_workers=1), None, 500.0, "thread", 1),
+        (2, Machine(trainer_cores=1, data_workers=1), None, 500.0, "deferred", 2),
         (96, Machine(ranks=8, trainer_cores=1, data_workers=4), None, 500.0, "process", 7),  # beside GPUs
         (96, Machine(trainer_cores=1), None, 500.0, "process", 8),
         (96, Machine(ranks=8, trainer_cores=1), None, 0.5, "inline", 0),  # tiny blocks
-        (2, Machine(trainer_cores=2), 0, 500.0, "thread", 2),  # the step waits anyway
+        (2, Machine(trainer_cores=2), 0, 500.0, "deferred", 2),  # the step waits anyway
         (2, Machine(ranks=2, trainer_cores=1), 0, 500.0, "inline", 0),
-        (1, Machine(ranks=4), 3, 500.0, "thread", 1),
+        (1, Machine(ranks=4), 3, 500.0, "deferred", 1),
     ],
 )
 def test_automatic_choice(

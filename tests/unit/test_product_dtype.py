@@ -1,0 +1,54 @@
+"""``compute_dtype="auto"``: bfloat16 where it is much faster, on every rank, for blocks that are large enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_soo import Shampoo
+from lightning_soo.linalg.product_rates import bfloat16_gain
+from lightning_soo.optim import planned
+
+
+def roots(monkeypatch: pytest.MonkeyPatch, gain: float, dtype: torch.dtype, **options: object) -> list[torch.dtype]:
+    """Dtypes of the roots of a 256 x 256 and of a 16 x 256 block after the first refresh."""
+    monkeypatch.setattr(planned, "bfloat16_gain", lambda device: gain)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh(), nn.Linear(256, 16, bias=False)).to(dtype)
+    optimizer = Shampoo(net, workers="inline", start_preconditioning_step=1, **options)
+    net(torch.randn(4, 256, dtype=dtype)).square().mean().backward()
+    optimizer.step()
+    found = [member.blocks[0].roots for member in optimizer._members]
+    assert all(block is not None and len(block) == 2 for block in found)
+    assert optimizer.state_bytes() == optimizer.attach().state_bytes[0]
+    return [block[0].dtype for block in found if block]
+
+
+@pytest.mark.parametrize(
+    ("gain", "dtype", "options", "expected"),
+    [
+        (4.0, torch.float32, {}, [torch.bfloat16, torch.float32]),  # the default; the second block is too small
+        (1.2, torch.float32, {}, [torch.float32, torch.float32]),
+        (4.0, torch.bfloat16, {}, [torch.bfloat16, torch.float32]),
+        (4.0, torch.float64, {}, [torch.float64, torch.float64]),
+        (4.0, torch.float32, {"compute_dtype": None}, [torch.float32, torch.float32]),
+        (0.1, torch.float32, {"compute_dtype": "bfloat16"}, [torch.bfloat16, torch.bfloat16]),
+    ],
+)
+def test_dtype_of_roots(
+    monkeypatch: pytest.MonkeyPatch,
+    gain: float,
+    dtype: torch.dtype,
+    options: dict[str, object],
+    expected: list[torch.dtype],
+) -> None:
+    assert roots(monkeypatch, gain, dtype, **options) == expected
+
+
+def test_rates_are_measured_once_and_draw_no_random_numbers() -> None:
+    bfloat16_gain.cache_clear()
+    before = torch.random.get_rng_state()
+    assert 0.0 < bfloat16_gain("cpu") == bfloat16_gain("cpu") < 1e3
+    assert bfloat16_gain.cache_info().misses == 1
+    assert torch.equal(before, torch.random.get_rng_state())
