@@ -56,7 +56,7 @@ class Optimizers:
             part.zero_grad()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Contender:
     """Attributes:
     make: the optimizer of a model at a learning rate.

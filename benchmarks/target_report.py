@@ -86,8 +86,8 @@ def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequ
         "",
         "## Schedules fitted to each one's own budget",
         "",
-        "| | best lr | steps | loss there, by seed | seeds that reach AdamW's | seconds | AdamW foreach's seconds / its own "
-        f"| loss after {longest} steps (lr) |",
+        "| | best lr | steps | loss there, by seed | seeds that reach AdamW's | seconds "
+        f"| AdamW foreach's seconds / its own | loss after {longest} steps (lr) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for found in everyone:

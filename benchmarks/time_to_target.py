@@ -6,8 +6,8 @@ python benchmarks/time_to_target.py autoencoder-250 --report     # the page of w
 
 The search finds, for every optimizer, the best learning rate at the longest horizon and the fewest steps whose own
 schedule ends at the target with every seed; it records no time, so the machine may be busy. Every run is a line in
-benchmarks/runs, and none is repeated. The clock repeats the chosen points in turns over three seeds; worker start-up and
-refreshes count. `search.py`, `clock.py` and `target_report.py` say how.
+benchmarks/runs, and none is repeated. The clock repeats the chosen points in turns over three seeds; worker start-up
+and refreshes count. `search.py`, `clock.py` and `target_report.py` say how.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     longest = arguments.longest or task.longest
     targets = sorted(task.targets if arguments.targets is None else arguments.targets, reverse=True)
     store = Store(task.key, arguments.runs)
-    isolated = Isolated(arguments.threads)
+    isolated = Isolated(task.key, arguments.threads)
 
     def run(contender: Contender, lr: float, horizon: int, seed: int) -> dict[str, Any]:
         found = isolated(train_named, task.key, contender.name, arguments.threads, lr, horizon, seed, arguments.clock)

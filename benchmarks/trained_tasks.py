@@ -1,7 +1,7 @@
 """The tasks that are trained to a target: real data, a seed for initialisation and order, a loss over fixed examples.
 
-Losses that are compared are of the training set, over examples that are the same for everybody (all digits; 32 windows
-of the text; 1,000 pictures as they are; 192 pairs of verses), so that neither the last batch nor overfitting has a part.
+Losses that are compared are of the training set, over examples that are the same for everybody (all digits; 32
+windows of the text; 1,000 pictures as they are; 192 pairs of verses): the last batch and overfitting have no part.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def trained_resnet(batch_size: int = 128, count: int = 10_000) -> TrainedTask:
 
     return TrainedTask(
         key="resnet",
-        title=f"ResNet-20 on {count:,} pictures of Fashion-MNIST, batch {batch_size}; loss over 1,000 of them, unchanged",
+        title=f"ResNet-20 on {count:,} pictures of Fashion-MNIST, batch {batch_size}; loss over 1,000 unchanged",
         at_seed=at_seed,
         evaluate=evaluate,
         longest=300,

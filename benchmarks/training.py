@@ -120,18 +120,19 @@ class Broken(RuntimeError):
 
 
 class Isolated:
-    """Runs functions each in a process of its own, forked from one that has imported everything and computed nothing.
+    """Runs functions each in a process of its own, forked from one that has imported everything and trained nothing.
 
-    So a run neither inherits random numbers, caches and threads nor waits for imports, and may start workers.
+    So a run neither inherits random numbers, caches and threads nor waits for imports and data, and may start workers.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, task: str, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the modules are imported, there
+        os.environ["BENCHMARK_TASK"] = task
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["training"])
+        self._context.set_forkserver_preload(["training", "preload"])
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of ``function(*arguments)``.
