@@ -137,7 +137,7 @@ def main() -> None:
         "# What is exchanged",
         "",
         f"{machine()}; {os.cpu_count()} cores, shared by all ranks.",
-        f"{text_gpt().name.rpartition(',')[0]}, {2} x 128 tokens a rank, gloo. KiB that a rank receives in a step, the "
+        f"{text_gpt().name.rpartition(',')[0]}, 2 x 128 tokens a rank, gloo. KiB that a rank receives in a step, the "
         "largest rank's; milliseconds of the optimizer's step, the median of the slowest rank. *Cut blocks* is the "
         "plan's own figure: gradients one way.",
         "",

@@ -13,7 +13,9 @@ and refreshes count. `search.py`, `clock.py` and `target_report.py` say how.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from clock import SEEDS, Clock, Entry
 from contenders import Contender, Unsuited, choose
 from measure import machine, report
-from runs import FOLDER, Store
+from runs import FOLDER, Point, Store, loss_of
 from search import Missing, Search
 from target_report import complete, found_of, picture, tables
 from trained_tasks import TRAINED, trained
@@ -92,9 +94,24 @@ def main() -> None:
         entries = {found.longest: min(arguments.turns, SEEDS) for found in everyone}
         entries |= {found.point: arguments.turns for found in everyone if found.point is not None}
         clock.take(entries, run, {"where": where})
+        compare(entries, clock, store)
     lines = tables(task, everyone, clock, own, where)
     report(lines, arguments.results / f"time_to_target_{task.key}.md")
     picture(task, everyone, clock, own, arguments.results / f"time_to_target_{task.key}.png")
+
+
+def compare(entries: Iterable[Entry], clock: Clock, store: Store) -> None:
+    """Say where a clocked run ended elsewhere than the stored one: then the method has changed without its options."""
+    for entry in entries:
+        for run in clock.runs(entry):
+            point = Point.of(entry.contender.options, entry.lr, entry.horizon, run.seed, clock.threads)
+            stored = store.get(point)
+            if stored is not None and not math.isclose(loss_of(stored), run.loss, rel_tol=1e-3):
+                print(
+                    f"{entry.contender.name}, lr {entry.lr:g}, {entry.horizon} steps, seed {run.seed}: clocked "
+                    f"{run.loss:g}, stored {loss_of(stored):g}; delete its lines and search again",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The tasks that are trained to a target: real data, a seed for initialisation and order, a loss over fixed examples.
 
 Losses that are compared are of the training set, over examples that are the same for everybody (all digits; 32
-windows of the text; 1,000 pictures as they are; 192 pairs of verses): the last batch and overfitting have no part.
+windows of the text; 512 pictures as they are; 192 pairs of verses): the last batch and overfitting have no part.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def trained_gpt() -> TrainedTask:
 
 
 def trained_resnet(batch_size: int = 128, count: int = 10_000) -> TrainedTask:
-    """ResNet-20 on the first pictures of Fashion-MNIST, shifted and mirrored; the loss is over 1,000 as they are."""
+    """ResNet-20 on the first pictures of Fashion-MNIST, shifted and mirrored; the loss is over 512 as they are."""
     model, data = (recipe(name, "image_classification") for name in ("model", "data"))
     folder = Path(os.environ.get("FASHION_MNIST", data.FASHION))
     images, labels = data.idx_images(folder, "train")
     pictures = data.Pictures(images[:count, ..., None], labels[:count])
     batches = data.Augmented(pictures, *pictures.statistics())
-    fixed = batches[data.Part(torch.arange(1000))]
+    fixed = batches[data.Part(torch.arange(512))]
     per_epoch = count // batch_size
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
@@ -108,7 +108,7 @@ def trained_resnet(batch_size: int = 128, count: int = 10_000) -> TrainedTask:
 
     return TrainedTask(
         key="resnet",
-        title=f"ResNet-20 on {count:,} pictures of Fashion-MNIST, batch {batch_size}; loss over 1,000 unchanged",
+        title=f"ResNet-20 on {count:,} pictures of Fashion-MNIST, batch {batch_size}; loss over 512 unchanged",
         at_seed=at_seed,
         evaluate=evaluate,
         longest=300,
