@@ -26,7 +26,7 @@ from tasks import text_gpt
 from world import ENGINES, Training, Watched, answer, start_world
 
 from lightning_soo import Shampoo
-from lightning_soo.placement.plan import Plan
+from lightning_soo.placement.plan import Plan, Unit
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         training.step()
     plan = optimizer._plan
     gradients = sum(4 * math.prod(p.spec.shape) for p in plan.parameters if p.is_preconditioned)
-    roots = sum(unit.root_bytes for unit in plan.units)
+    roots = round(sum(unit.root_bytes * triangle(unit) for unit in plan.units))
     optimizer.close()
     return {
         "interval": interval,
@@ -66,7 +66,7 @@ def planned(plan: Plan, rank: int, interval: int, statistics_frequency: int) -> 
     """Bytes a step that this rank receives, from the plan alone.
 
     Gradients of cut blocks: to their homes once for the direction and, where statistics see them, once more; and the
-    directions back. Roots go to homes, and statistics to refreshers, once an interval.
+    directions back. Roots go to homes, and statistics to refreshers, once an interval, as triangles.
     """
     place = plan.table.shard[rank]
     to_homes = back = 0
@@ -75,15 +75,19 @@ def planned(plan: Plan, rank: int, interval: int, statistics_frequency: int) -> 
             come, gone = bucket.received(place), bucket.sent(place)
             to_homes += (sum(come) - come[place]) * bucket.dtype.itemsize
             back += (sum(gone) - gone[place]) * bucket.dtype.itemsize
-    roots = sum(unit.root_bytes for unit in plan.units if rank in unit.homes and unit.refresher != rank)
-    moved = sum(
-        unit.statistics_bytes for unit in plan.units if unit.refresher == rank and unit.place.keeper != unit.refresher
-    )
+    mine = [unit for unit in plan.units if unit.refresher == rank and unit.place.keeper != rank]
+    roots = sum(u.root_bytes * triangle(u) for u in plan.units if rank in u.homes and u.refresher != rank)
+    moved = sum(unit.statistics_bytes * triangle(unit) for unit in mine)
     return {
         "gradients": to_homes * (plan.exchanges + 1 / statistics_frequency) + back,
         "roots": roots / interval,
         "statistics": moved / interval,
     }
+
+
+def triangle(unit: Unit) -> float:
+    """Share of its symmetric matrices that is one half and the diagonal."""
+    return sum(n * (n + 1) / 2 for n in unit.block.orders) / sum(n * n for n in unit.block.orders)
 
 
 def gathering(size: int, repeats: int = 7) -> float:
