@@ -54,7 +54,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
         seconds[name].append((time.perf_counter() - start) / interval)
 
-    warm_up = 3
+    warm_up = arguments["warm_up"]
     for number in range(warm_up + arguments["turns"]):
         if number == warm_up:
             watched.clear()
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=3, help="turns before anything is counted")
     parser.add_argument("--output", type=Path, help="also write the table here")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -98,7 +99,9 @@ def main() -> None:
         {(n, max(1, GLOBAL_BATCH // n)) for n in arguments.ranks} | {(n, RANK_BATCH) for n in arguments.ranks}
     )
     for ranks, batch_size in cells:
-        found = start_world(__file__, ranks, {"batch_size": batch_size, "turns": arguments.turns})
+        found = start_world(
+            __file__, ranks, {"batch_size": batch_size, "turns": arguments.turns, "warm_up": arguments.warm_up}
+        )
         rows.append(row(ranks, batch_size, found))
         print(rows[-1], file=sys.stderr)
     cores = os.cpu_count() or 1
