@@ -72,8 +72,8 @@ def complete(
 
 
 def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float], where: str) -> list[str]:
-    """The page of results."""
-    longest = clock.reference.horizon
+    """The page of results. Args: own: final losses of AdamW's best longest run, by seed."""
+    longest = everyone[0].longest.horizon
     lines = [
         f"# Time to AdamW's final loss: {task.key}",
         "",
@@ -102,7 +102,7 @@ def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequ
             continue
         by_seed = {run.seed: run for run in runs}
         losses = ", ".join(f"{run.loss:.5g}" for _, run in sorted(by_seed.items()))
-        reached = sum(run.reached for run in by_seed.values())
+        reached = sum(run.loss <= own[seed] for seed, run in by_seed.items())
         lines.append(
             f"{head}{losses} | {reached} of {len(by_seed)} | {spread([run.seconds for run in runs])} | "
             f"{spread([run.ratio for run in runs])} ({len(runs)} turns) | {final} |"
@@ -111,7 +111,7 @@ def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequ
 
 
 def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:
-    targets = list(everyone[0].fewest) if everyone else []
+    targets = list(everyone[0].fewest)
     if not targets:
         return []
     lines = [
@@ -135,7 +135,7 @@ def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:
 
 
 def _equal_horizons(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float]) -> list[str]:
-    longest, targets = clock.reference.horizon, [own[0], *(everyone[0].fewest if everyone else ())]
+    longest, targets = everyone[0].longest.horizon, [own[0], *everyone[0].fewest]
     lines = [
         f"## Equal horizons: everybody's best run of {longest} steps",
         "",
@@ -173,10 +173,10 @@ def picture(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Seq
         ]
         axes.plot(*zip(*points, strict=True), label=found.name, linewidth=2 if "ours" in found.name else 1)
     axes.axhline(own[0], color="grey", linewidth=0.8, linestyle=":")
-    lowest = min((loss for found in everyone for _, loss in found.curve), default=own[0])
+    lowest = min((loss for found in everyone for _, loss in found.curve))
     span = max(own[0] - lowest, 0.3 * abs(own[0]))
     axes.set_ylim(lowest - 0.05 * span, own[0] + 2 * span)
-    horizon = clock.reference.horizon
+    horizon = everyone[0].longest.horizon
     axes.set_xlabel(f"seconds ({horizon} steps each)" if seconds else f"steps of {horizon}")
     axes.set_ylabel("loss")
     axes.set_title(task.key)

@@ -89,7 +89,9 @@ def main() -> None:
     everyone = complete(
         [(Search(store, s.contender, longest, arguments.threads), c) for s, c in searches], targets, own
     )
-    clock = Clock(task.key, Entry(chosen[0], lr, longest), arguments.threads, arguments.runs)
+    if not everyone or everyone[0].longest.contender is not chosen[0] or everyone[0].point is None:
+        raise SystemExit("AdamW's search is not complete: run the search first")
+    clock = Clock(task.key, everyone[0].point, arguments.threads, arguments.runs)
     if arguments.clock:
         entries = {found.longest: min(arguments.turns, SEEDS) for found in everyone}
         entries |= {found.point: arguments.turns for found in everyone if found.point is not None}

@@ -22,7 +22,7 @@ import search
 import step_time
 import target_report
 import training
-from clock import Clock, Entry
+from clock import Clock
 from contenders import Contender, Unsuited, choose, shampoo, torch_muon
 from runs import Point, Store
 from tasks import Task
@@ -160,7 +160,8 @@ def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -
         target_report.found_of(*pair, [0.05], own)
     everyone = target_report.complete(pairs, [0.05], own)
     assert [found.name for found in everyone] == ["AdamW foreach", "AdamW fused", "ours"]
-    clock = Clock("tiny", Entry(adamw, lr, 40), 1, tmp_path)
+    assert everyone[0].point is not None
+    clock = Clock("tiny", everyone[0].point, 1, tmp_path)
     entries = {found.longest: 2 for found in everyone}
     left = iter(range(4))  # killed in the second turn
 
@@ -175,8 +176,8 @@ def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -
     left = itertools.count()
     clock.take(entries, run, {"where": "here"})
     assert [row["seed"] for row in clock.lines.read()] == [0, 1]
-    timed = clock.runs(everyone[0].longest)
-    assert [run.ratio for run in timed] == [1.0, 1.0] and [run.loss for run in timed] == own[:2]
+    assert [run.ratio for run in clock.runs(everyone[0].point)] == [1.0, 1.0]
+    assert [run.loss for run in clock.runs(everyone[0].longest)] == own[:2]
     lines = target_report.tables(TINY, everyone, clock, own, "here")
     assert sum(line.startswith("| ours |") for line in lines) == 3
     target_report.picture(TINY, everyone, clock, own, tmp_path / "picture.png")
