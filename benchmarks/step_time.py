@@ -1,9 +1,10 @@
 """What a training step costs: AdamW, lightning_soo, installed peers, and the bound.
 
-python benchmarks/step_time.py [--repeats 5] [--tasks autoencoder-250 autoencoder-1000 gpt] [--output FILE]
+python benchmarks/step_time.py [--repeats 5] [--tasks autoencoder-250 autoencoder-1000 gpt text-gpt] [--output FILE]
 
 Contenders take turns, one refresh cycle each, so that a slow minute of the machine hits all of them; ratios are taken
-within a turn. Peers take part where installed: pip install heavyball pytorch_optimizer.
+within a turn. Ours runs with its defaults and, beside them, with float32 products. Peers take part where installed:
+pip install heavyball pytorch_optimizer.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from contenders import Contender, contenders
+from contenders import Contender, Unsuited, choose, contenders
 from measure import eigh_seconds, gemm_rate, machine, memory_rate, spread
-from tasks import Task, autoencoder, digits, small_gpt
+from tasks import Task, autoencoder, digits, small_gpt, text_gpt
 
 from lightning_soo import Shampoo
 
@@ -25,11 +26,17 @@ TASKS = {
     "autoencoder-250": lambda: autoencoder(250, digits()),
     "autoencoder-1000": lambda: autoencoder(1000, digits()),
     "gpt": small_gpt,
+    "text-gpt": text_gpt,
 }
+OURS = ("ours, defaults", "ours, float32")
 
 
 class Runner:
-    """One contender on one task."""
+    """One contender on one task.
+
+    Raises:
+        Unsuited: the optimizer cannot train this model.
+    """
 
     def __init__(self, task: Task, contender: Contender) -> None:
         self.task, self.contender = task, contender
@@ -57,8 +64,8 @@ class Runner:
             self.optimizing.append(1000 * optimizing / steps)
 
     def warm_up(self) -> None:
-        """Past the first cycle, until every root is in use."""
-        for _ in range(2 if self.contender.ours is None else 3):
+        """Until costs repeat: every root is in use, and intervals have grown."""
+        for _ in range(math.ceil(self.contender.warm_up / self.contender.cycle)):
             self.turn(self.contender.cycle, keep=False)
 
     def bound(self, rates: dict[str, float]) -> float:
@@ -84,8 +91,13 @@ class Runner:
         return 1000 * seconds
 
 
-def measure(task: Task, rates: dict[str, float], repeats: int) -> list[str]:
-    runners = [Runner(task, contender) for contender in contenders()]
+def measure(task: Task, rates: dict[str, float], repeats: int, chosen: list[Contender]) -> list[str]:
+    runners, left_out = [], []
+    for contender in chosen:
+        try:
+            runners.append(Runner(task, contender))
+        except Unsuited as reason:
+            left_out.append(f"{contender.name}: {reason}.")
     for runner in runners:
         runner.warm_up()
     for turn in range(repeats):
@@ -112,18 +124,20 @@ def measure(task: Task, rates: dict[str, float], repeats: int) -> list[str]:
             f"| {runner.contender.name} | {median:.1f} | {spread(whole)} | {spread(optimizing)} | "
             + (f"{bound:.1f} | {median / bound:.2f} |" if has_bound else "| |")
         )
-    return [*lines, ""]
+    return [*lines, "", *left_out, *[""] * bool(left_out)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--contenders", nargs="+", help="those whose name begins so, and AdamW foreach")
     parser.add_argument("--threads", type=int, help="torch threads; as torch decides by default")
     parser.add_argument("--output", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    chosen = choose(arguments.contenders) if arguments.contenders else contenders(OURS)
     rates = {
         "float32": gemm_rate(torch.float32),
         "bfloat16": gemm_rate(torch.bfloat16),
@@ -134,14 +148,15 @@ def main() -> None:
         "# Step time",
         "",
         f"{machine()}.",
-        f"Rates: float32 product {rates['float32'] / 1e9:.0f} Gflop/s, bfloat16 {rates['bfloat16'] / 1e9:.0f} Gflop/s, "
+        f"Rates: float32 product {rates['float32'] / 1e9:.0f} Gflop/s, bfloat16 {rates['bfloat16'] / 1e9:.0f} Gflop/s "
+        f"({rates['bfloat16'] / rates['float32']:.2f} times as fast), "
         f"copy {rates['memory'] / 1e9:.0f} GB/s, float64 eigh of order 1000 {rates['eigh'] * 1000:.0f} ms.",
         f"Median [smallest, largest] of {arguments.repeats} turns; a turn is one refresh cycle, refreshes counted.",
         "",
     ]
     print("\n".join(lines))
     for name in arguments.tasks:
-        found = measure(TASKS[name](), rates, arguments.repeats)
+        found = measure(TASKS[name](), rates, arguments.repeats, chosen)
         print("\n".join(found), flush=True)
         lines += found
     if arguments.output:

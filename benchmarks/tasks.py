@@ -6,7 +6,9 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +27,32 @@ class Task:
 
     name: str
     model: Callable[[], nn.Module]
-    batch: Callable[[int], Tensor]
-    loss: Callable[[nn.Module, Tensor], Tensor]
+    batch: Callable[[int], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
     flops: float
 
 
 def digits() -> Tensor:
-    return _recipe("data").mnist_5k()
+    return recipe("data").mnist_5k()
 
 
-def autoencoder(batch_size: int, images: Tensor) -> Task:
-    """784-1000-500-250-30-250-500-1000-784 on MNIST digits, the loss summed over pixels."""
-    module = _recipe("model")
+def autoencoder(batch_size: int, images: Tensor, seed: int = 0) -> Task:
+    """784-1000-500-250-30-250-500-1000-784 on MNIST digits, the loss summed over pixels.
+
+    Args:
+        seed: of the initialisation and the order of the digits.
+    """
+    module = recipe("model")
 
     def model() -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return module.Autoencoder(lr=0.0, steps=1).net
 
     per_epoch = len(images) // batch_size
 
     def batch(step: int) -> Tensor:
         epoch, index = divmod(step, per_epoch)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1 + epoch))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * seed + 1 + epoch))
         return images[order[index * batch_size : (index + 1) * batch_size]]
 
     def loss(net: nn.Module, x: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ class SmallGPT(nn.Module):
 
 def resnet20(batch_size: int = 64) -> Task:
     """He et al.'s ResNet-20 for 3 x 32 x 32 pictures, random ones, since only time is measured."""
-    module = _recipe("model", "image_classification")
+    module = recipe("model", "image_classification")
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -123,8 +129,53 @@ def small_gpt(batch_size: int = 8, context: int = 128, vocabulary: int = 4096) -
     )
 
 
-def _recipe(name: str, recipe: str = "autoencoder"):
-    spec = importlib.util.spec_from_file_location(f"{recipe}_{name}", RECIPES / recipe / f"{name}.py")
+def text_gpt(seed: int = 0, batch_size: int = 16, context: int = 128) -> Task:
+    """4 layers, d 256, on the bytes of the standard library's documentation.
+
+    Args:
+        seed: of the initialisation and the windows.
+    """
+    width, layers, vocabulary = 256, 4, 256
+    module = recipe("small_gpt", "common")
+
+    def model() -> nn.Module:
+        torch.manual_seed(seed)
+        return module.SmallGPT(width, layers, length=context, vocabulary=vocabulary)
+
+    def batch(step: int) -> Tensor:
+        return text_windows(batch_size, torch.Generator().manual_seed(1_000_003 * seed + step), context)
+
+    weights = layers * 12 * width * width + vocabulary * width
+    attention = layers * 2 * context * width  # scores and values
+    return Task(
+        name=f"GPT {layers} x {width}, bytes of documentation, {batch_size} x {context}",
+        model=model,
+        batch=batch,
+        loss=lambda net, x: net.loss(x),
+        flops=6.0 * batch_size * context * (weights + attention),
+    )
+
+
+@cache
+def text_bytes() -> Tensor:
+    """The language reference that every Python installation has."""
+    return torch.tensor(list(recipe("texts", "common").language_reference().encode()))
+
+
+def text_windows(count: int, generator: torch.Generator, context: int = 128) -> Tensor:
+    """``(count, context + 1)`` bytes of the documentation from places that the generator draws."""
+    text = text_bytes()
+    starts = torch.randint(0, len(text) - context, (count, 1), generator=generator)
+    return text[starts + torch.arange(context + 1)]
+
+
+@cache
+def recipe(name: str, folder: str = "autoencoder") -> Any:
+    """A file of a recipe as a module."""
+    path = RECIPES / folder / f"{name}.py"
+    if str(RECIPES / "common") not in sys.path:
+        sys.path.append(str(RECIPES / "common"))  # what several recipes share
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

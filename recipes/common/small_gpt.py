@@ -31,12 +31,20 @@ class SmallGPT(L.LightningModule):
 
     _no_split_modules = ("Layer",)  # what Accelerate's FSDP makes a unit; Transformers' models have it too
 
-    def __init__(self, width: int = 64, layers: int = 4, heads: int = 4, length: int = 64, lr: float = 2e-3) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        length: int = 64,
+        lr: float = 2e-3,
+        vocabulary: int = VOCABULARY,
+    ) -> None:
         super().__init__()
         self.lr = lr
-        self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         x = self.token(codes) + self.position(torch.arange(codes.shape[1], device=codes.device))
