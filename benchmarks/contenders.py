@@ -21,14 +21,6 @@ BETAS = (0.9, 0.99)
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours, defaults": {},
     "ours, float32": {"compute_dtype": "float32"},
-    # what the README recommends where steps should cost less: bfloat16 products, a fifth of the statistics, and the
-    # first roots as soon as eight gradients are seen
-    "ours, economical": {
-        "precondition_frequency": 50,
-        "statistics_frequency": 5,
-        "start_preconditioning_step": 8,
-        "compute_dtype": "bfloat16",
-    },
 }
 _EXECUTION = ("workers", "exchange_bucket_bytes", "collective_timeout")  # these change no number
 

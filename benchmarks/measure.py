@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 
 def best_seconds(run: Callable[[], object], repeats: int = 7) -> float:
@@ -32,10 +33,11 @@ def gemm_rate(dtype: torch.dtype, order: int = 1000) -> float:
 
 
 def eigh_seconds(order: int = 1000) -> float:
-    """Seconds of one float64 eigendecomposition by numpy with this process's threads."""
+    """Seconds of one float64 eigendecomposition by numpy at one BLAS thread, as refreshes run."""
     matrix = np.random.default_rng(0).standard_normal((order, order))
     matrix = matrix @ matrix.T
-    return best_seconds(lambda: np.linalg.eigh(matrix), repeats=3)
+    with threadpool_limits(1, "blas"):
+        return best_seconds(lambda: np.linalg.eigh(matrix), repeats=3)
 
 
 def memory_rate() -> float:

@@ -15,7 +15,7 @@ from lightning_soo.placement.blocks import MERGE_DIMS, Block, BlockRules
 from lightning_soo.placement.chains import CHAINS
 from lightning_soo.placement.costs import product_flops
 from lightning_soo.placement.overrides import Override
-from lightning_soo.refresh.schedule import Interval
+from lightning_soo.refresh.schedule import RAREST_STATISTICS, Interval, statistics_within
 from lightning_soo.refresh.workers import WorkerOptions
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ BASES = ("eigh", "qr")
 AUTOMATIC = "auto"
 # below this a product takes longer in bfloat16: 64 x 64 has 1e6 flops, 256 x 256 has 7e7
 _BFLOAT16_FLOPS = 1e7
-# as good as every step in all that was measured, at a tenth of the cost (benchmarks/NOTES.md)
-_RAREST_STATISTICS = 10
 # what a parameter group may set for itself; everything else belongs to the optimizer (or to `overrides`)
 GROUP_OPTIONS = (
     "lr",
@@ -55,6 +53,7 @@ class ShampooOptions:
     stagger: bool = True
     gather_frequency: int | None = None
     statistics_frequency: int = 1
+    statistics_follow_interval: bool = False  # more often while the interval is short
     start_preconditioning_step: int | None = None
     max_preconditioner_dim: int = 1024
     merge_dims: str = "kernel"
@@ -88,14 +87,16 @@ class ShampooOptions:
     ) -> Self:
         """Build from what a user or a configuration file writes: plain values, dtypes by name."""
         interval = Interval.parse(precondition_frequency)
+        follow = statistics_frequency is None
         if statistics_frequency is None:
-            statistics_frequency = min(_RAREST_STATISTICS, max(1, interval.max // 10))
+            statistics_frequency = min(RAREST_STATISTICS, statistics_within(interval.max))
         return cls(
             overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
             workers=WorkerOptions.parse(workers),
             compute_dtype=AUTOMATIC if compute_dtype == AUTOMATIC else parse_dtype(compute_dtype),
             precondition_frequency=interval,
             statistics_frequency=statistics_frequency,
+            statistics_follow_interval=follow,
             **options,
         )
 

@@ -252,5 +252,6 @@ def make_schedule(options: ShampooOptions, plan: Plan) -> RefreshSchedule:
         start=options.start,
         gather=options.gather_frequency or 1,
         statistics=options.statistics_frequency,
+        statistics_follow=options.statistics_follow_interval,
         offsets=stagger_offsets(blocks, options.precondition_frequency.max) if options.stagger else {},
     )

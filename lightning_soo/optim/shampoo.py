@@ -44,9 +44,9 @@ class Shampoo(SecondOrderOptimizer):
             step), except for the very first refresh, which is used at once: until then the graft alone moves.
         stagger: spread the blocks' refreshes over the interval.
         gather_frequency: roots change hands only at multiples of this; None: as soon as the delay is over.
-        statistics_frequency: steps between two updates of the statistics; None is a tenth of the (longest) interval, at
-            most 10. The last eight steps before the first refresh are all observed, so that the first roots have seen a
-            handful of gradients.
+        statistics_frequency: steps between two updates of the statistics; None is a tenth of ``precondition_frequency``
+            (while it grows, of the interval around the step), at most 10. The last eight steps before the first refresh
+            are all observed, so that the first roots have seen a handful of gradients.
         start_preconditioning_step: step of the first refresh of all blocks; None is the (first) interval. Until the
             first roots are in, the graft alone moves.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.

@@ -19,6 +19,14 @@ _FIRST_GRADIENTS = 8
 # (benchmarks/NOTES.md)
 GROWING: Mapping[str, float] = {"first": 10, "growth": 1.5, "max": 100}
 
+# as good as every step in all that was measured, at a tenth of the cost
+RAREST_STATISTICS = 10
+
+
+def statistics_within(interval: int) -> int:
+    """Steps between two updates of the statistics where they follow the interval of refreshes: a tenth of it."""
+    return max(1, interval // 10)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -88,6 +96,7 @@ class RefreshSchedule:
         start: step of every block's first refresh.
         gather: roots change hands only at multiples of this; 1 means as soon as the delay is over.
         statistics: steps between two updates of the statistics.
+        statistics_follow: whether they are a tenth of the interval that the step is in, where that is less.
         offsets: block key -> position in the longest interval; all 0 without staggering.
     """
 
@@ -96,13 +105,19 @@ class RefreshSchedule:
     start: int
     gather: int = 1
     statistics: int = 1
+    statistics_follow: bool = False
     offsets: dict[str, int]
     _starts: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def observes(self, step: int) -> bool:
         """Whether statistics are updated: at step 1, at every multiple of ``statistics``, and in each of the last
         steps before the first refresh."""
-        return step == 1 or step % self.statistics == 0 or self.start - _FIRST_GRADIENTS < step <= self.start
+        if step == 1 or self.start - _FIRST_GRADIENTS < step <= self.start:
+            return True
+        every = self.statistics
+        if self.statistics_follow and step > self.start:
+            every = min(every, statistics_within(self._around(step)[1]))
+        return step % every == 0
 
     def observed_before(self, step: int) -> int:
         """The step of the observation before this one; 0 before the first."""
