@@ -35,6 +35,8 @@ def second_order_options(settings: Settings, workers: str) -> dict[str, Any]:
     names = ("max_preconditioner_dim", "statistics_frequency", "precondition_frequency")
     options = {name: getattr(settings, name) for name in names}
     options |= {"start_preconditioning_step": settings.start_preconditioning_step or None, "workers": workers}
+    # as the committed tables were measured
+    options |= {"refresh_delay": settings.precondition_frequency, "compute_dtype": "float32"}
     if settings.optimizer == "shampoo":
         options["preconditioner_eps"] = settings.preconditioner_eps
         if settings.grafting == "sgd":  # which says nothing of it
@@ -54,6 +56,7 @@ def _kfac(network: nn.Module, settings: Settings, common: dict[str, Any]) -> tor
 
     names = ("momentum", "damping", "damping_method", "statistics_frequency", "precondition_frequency")
     common |= {name: getattr(settings, name) for name in (*names, "factor_decay", "approximation")}
+    common["refresh_delay"] = settings.precondition_frequency  # as the committed tables were measured
     optional = ("kl_clip", "start_preconditioning_step", "statistics_positions")
     common |= {name: getattr(settings, name) or None for name in optional}
     optimizer = KFAC(network, **common)
