@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from lightning_soo.placement.boxes import Box, pieces, volume
+from lightning_soo.placement.boxes import Box, volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Traveller:
         unit: its number in the plan.
         box: what it is of the parameter's merged shape.
         home: place in the copy where it is assembled.
-        parts: for each place in the copy, the boxes it holds, in order.
+        parts: for each place in the copy that holds something of it, the boxes it holds, in order.
         companion: what has to arrive together with it.
     """
 
@@ -30,13 +30,13 @@ class Traveller:
     box: Box
     home: int
     dtype: torch.dtype
-    parts: tuple[tuple[Box, ...], ...]
+    parts: Mapping[int, tuple[Box, ...]]
     companion: Traveller | None = None
 
     @cached_property
-    def counts(self) -> tuple[int, ...]:
+    def counts(self) -> dict[int, int]:
         """Elements by place."""
-        return tuple(sum(map(volume, boxes)) for boxes in self.parts)
+        return {place: sum(map(volume, boxes)) for place, boxes in self.parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +59,22 @@ class Bucket:
     def largest_bytes(self) -> int:
         return self.largest * self.dtype.itemsize
 
+    @cached_property
+    def flows(self) -> dict[tuple[int, int], int]:
+        """``(place, home)`` -> elements that go there, and whose directions come back; its own part among them."""
+        found: dict[tuple[int, int], int] = {}
+        for traveller in self.travellers:
+            for place, count in traveller.counts.items():
+                found[place, traveller.home] = found.get((place, traveller.home), 0) + count
+        return found
+
     def sent(self, place: int) -> list[int]:
         """Elements that ``place`` sends to each home; what comes back from each, on the way back."""
-        counts = [0] * self.places
-        for traveller in self.travellers:
-            counts[traveller.home] += traveller.counts[place]
-        return counts
+        return [self.flows.get((place, home), 0) for home in range(self.places)]
 
     def received(self, place: int) -> list[int]:
         """Elements that ``place`` receives from each as a home; what it sends back to each."""
-        mine = [traveller.counts for traveller in self.travellers if traveller.home == place]
-        return [sum(column) for column in zip(*mine, strict=True)] if mine else [0] * self.places
-
-
-def travel_parts(shape: tuple[int, ...], box: Box, ranges: Sequence[tuple[int, int]]) -> tuple[tuple[Box, ...], ...]:
-    """The boxes of one unit that each place holds."""
-    return tuple(tuple(pieces(shape, box, start, stop)) for start, stop in ranges)
+        return [self.flows.get((source, place), 0) for source in range(self.places)]
 
 
 def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> list[Bucket]:
@@ -88,17 +88,20 @@ def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> li
         current: list[Traveller] = []
         sent, received, largest = [0] * places, [0] * places, 0
         for traveller in alike:
-            counts = traveller.counts
+            counts = dict(traveller.counts)
             if traveller.companion is not None:
-                counts = tuple(a + b for a, b in zip(counts, traveller.companion.counts, strict=True))
-            grown = max(*(a + b for a, b in zip(sent, counts, strict=True)), received[traveller.home] + sum(counts))
+                for place, count in traveller.companion.counts.items():
+                    counts[place] = counts.get(place, 0) + count
+            total = sum(counts.values())
+            grown = max(*(sent[place] + count for place, count in counts.items()), received[traveller.home] + total)
             if current and max(grown, largest) * dtype.itemsize > limit:
                 buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
                 current, sent, received, largest = [], [0] * places, [0] * places, 0
-                grown = sum(counts)
+                grown = total
             current += [traveller] if traveller.companion is None else [traveller, traveller.companion]
-            sent = [a + b for a, b in zip(sent, counts, strict=True)]
-            received[traveller.home] += sum(counts)
+            for place, count in counts.items():
+                sent[place] += count
+            received[traveller.home] += total
             largest = max(largest, grown)
         if current:
             buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))

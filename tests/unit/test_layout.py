@@ -91,7 +91,7 @@ def test_every_cut_block_arrives_whole(sizes: list[tuple[int, int]], cuts: list[
         assert bucket.largest_bytes <= limit or len(bucket.travellers) == 1
         for traveller in bucket.travellers:
             unit = plan.units[traveller.unit]
-            assert sum(traveller.counts) == math.prod(unit.block.shape)
+            assert sum(traveller.counts.values()) == math.prod(unit.block.shape)
     for unit in plan.units:
         parameter = int(unit.block.parameter[1:])
         first, last = flat_span(unit.block.merged_shape, unit.block.ranges)
@@ -149,7 +149,7 @@ def test_buckets_keep_dtypes_apart() -> None:
             box=((0, 4),),
             home=0,
             dtype=dtype,
-            parts=((((0, 2),),), (((2, 4),),)),
+            parts={0: (((0, 2),),), 1: (((2, 4),),)},
         )
 
     dtypes = [torch.float32, torch.float32, torch.bfloat16]
