@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from lightning_soo.placement.boxes import Box, volume
+
+
+class Parts(dict[int, tuple[Box, ...]]):
+    """Place in the copy -> the boxes that it holds of a unit, in order; places that hold nothing are left out."""
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Elements by place."""
+        return {place: sum(map(volume, boxes)) for place, boxes in self.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +29,7 @@ class Traveller:
         unit: its number in the plan.
         box: what it is of the parameter's merged shape.
         home: place in the copy where it is assembled.
-        parts: for each place in the copy that holds something of it, the boxes it holds, in order.
+        parts: who holds what of it.
         companion: what has to arrive together with it.
     """
 
@@ -30,13 +39,13 @@ class Traveller:
     box: Box
     home: int
     dtype: torch.dtype
-    parts: Mapping[int, tuple[Box, ...]]
+    parts: Parts
     companion: Traveller | None = None
 
-    @cached_property
+    @property
     def counts(self) -> dict[int, int]:
         """Elements by place."""
-        return {place: sum(map(volume, boxes)) for place, boxes in self.parts.items()}
+        return self.parts.counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning_soo.placement.boxes import Box, flat_span, pieces
+from lightning_soo.placement.exchange import Parts
 from lightning_soo.placement.layout import FragmentTable
 
 Range = tuple[int, int]
@@ -24,7 +25,7 @@ class Holders:
         self._filled = [(start, stop, place) for place, (start, stop) in enumerate(ranges) if start < stop]
         self._stops = [stop for _, stop, _ in self._filled]
         self._in_order = all(one[1] <= other[0] for one, other in itertools.pairwise(self._filled))
-        self._parts: dict[tuple[tuple[int, ...], Box], dict[int, tuple[Box, ...]]] = {}
+        self._parts: dict[tuple[tuple[int, ...], Box], Parts] = {}
 
     def overlapping(self, start: int, stop: int) -> list[int]:
         """The places that hold some of the elements ``[start, stop)``, in order."""
@@ -46,15 +47,15 @@ class Holders:
             if self.ranges[place][0] <= first and last < self.ranges[place][1]
         ]
 
-    def parts(self, shape: tuple[int, ...], box: Box) -> Mapping[int, tuple[Box, ...]]:
-        """The boxes that each place holds of a box; places that hold nothing of it are left out."""
+    def parts(self, shape: tuple[int, ...], box: Box) -> Parts:
+        """The boxes that each place holds of a box."""
         key = shape, box
         if key not in self._parts:
             first, last = flat_span(shape, box)
             found = {
                 place: tuple(pieces(shape, box, *self.ranges[place])) for place in self.overlapping(first, last + 1)
             }
-            self._parts[key] = {place: boxes for place, boxes in found.items() if boxes}
+            self._parts[key] = Parts({place: boxes for place, boxes in found.items() if boxes})
         return self._parts[key]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from lightning_soo.placement.assignment import assign, assign_both, assign_near
 from lightning_soo.placement.blocks import Block
-from lightning_soo.placement.boxes import volume
 from lightning_soo.placement.costs import (
     home_milliseconds_per_step,
     refresh_milliseconds,
@@ -104,8 +103,7 @@ def place_blocks(
             homes[block.key] = previous[block.key].homes
             loads[table.shard[homes[block.key][0]]] += costs[block.key]
         else:
-            parts = holders[parameter].parts(block.merged_shape, block.ranges)
-            held = {place: sum(map(volume, boxes)) for place, boxes in parts.items()}
+            held = holders[parameter].parts(block.merged_shape, block.ranges).counts
             most = max(held.values())
             undecided.append((block, [place for place, count in held.items() if count == most]))
     chosen = assign_near(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning_soo.placement.assignment import assign_near
 from lightning_soo.placement.blocks import BlockRules
 from lightning_soo.placement.boxes import decompose, flat_span, pieces, slices, volume
-from lightning_soo.placement.exchange import Traveller, fill_buckets
+from lightning_soo.placement.exchange import Parts, Traveller, fill_buckets
 from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import build_plan
@@ -149,7 +149,7 @@ def test_buckets_keep_dtypes_apart() -> None:
             box=((0, 4),),
             home=0,
             dtype=dtype,
-            parts={0: (((0, 2),),), 1: (((2, 4),),)},
+            parts=Parts({0: (((0, 2),),), 1: (((2, 4),),)}),
         )
 
     dtypes = [torch.float32, torch.float32, torch.bfloat16]
