@@ -26,6 +26,7 @@ from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
+from lightning_soo.placement.simulated import simulate
 from lightning_soo.placement.table import plan_table
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
@@ -120,6 +121,21 @@ class PlannedOptimizer(torch.optim.Optimizer):
         assert plan is not None
         self._install_plan(plan, layout)
         return plan
+
+    def plan_elsewhere(self, engine: str, ranks: int, **how: Any) -> Plan:
+        """The plan that :meth:`attach` would build under another engine and number of ranks. Local.
+
+        The parameters may be on the meta device: only names, shapes and dtypes are looked at.
+
+        Args:
+            engine, ranks, how: of :func:`lightning_soo.placement.simulated.simulate`.
+
+        Raises:
+            ValueError: nothing to precondition, an override that matches nothing, ranks that cannot be divided so.
+        """
+        layout = self._read_layout()
+        found = simulate(engine, layout.specs, ranks=ranks, groups=layout.groups, **how)
+        return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
 
     def _read_layout(self) -> Layout:
         model = self._model() if self._model is not None else None
