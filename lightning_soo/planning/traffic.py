@@ -99,12 +99,12 @@ class Counting:
                 yield self._reduction("the norms", len(members))
             covered = [parameter for parameter in members if parameter.is_preconditioned]
             if isinstance(options, KFACOptions) and options.grafting is None:
-                bounded = options.kl_clip is not None or options.adaptive_damping is not None
-                yield self._reduction("the norms", 2, collectives=int(bounded))
-            elif options.chain is not None or options.grafting is not None:
+                if options.kl_clip is not None or options.adaptive_damping is not None:
+                    yield self._reduction("the norms", 2)
+            elif covered and (options.chain is not None or options.grafting is not None):
                 by_block = options.grafting_norm == "block" and options.chain is None
                 count = sum(len(parameter.units) for parameter in covered) if by_block else len(covered)
-                yield self._reduction("the norms", 2 * count, collectives=int(count > 0))
+                yield self._reduction("the norms", 2 * count)
 
     def cut_blocks(self) -> Iterator[Flow]:
         """Gradients of cut blocks to their homes, for statistics and for directions, and directions back."""

@@ -130,12 +130,13 @@ def check_planned(engine: Engine, sent: list[Counter[str]], rank: int, case: str
     own = engine.optimizer._plan
     assert own is not None
     assert plan.table == own.table, case
-    assert plan.digest() == own.digest(), case
+    assert plan.units == own.units and plan.buckets == own.buckets, case
+    assert [p.chain for p in plan.parameters] == [p.chain for p in own.parameters], case
     expected: Counter[str] = Counter()
     for flow in flows(optimizer, plan, without_gradient=("unused.weight", "unused.bias")):
         expected[flow.purpose] += int(flow.bytes[rank]) * (2 if flow.when == INTERVAL else 8)
     made = sent[20] - sent[12]
-    if rank == 1: print(dict(made))
+    assert made or len(plan.table.shard) == 1, case
     assert made == +expected, (case, rank, dict(made), dict(expected))
     optimizer.close()
 
