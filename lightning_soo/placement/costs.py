@@ -58,6 +58,17 @@ def statistics_flops(block: Block) -> float:
     return product_flops(block)
 
 
+def apply_flops(block: Block, passes: int = 1) -> float:
+    """Flops of a direction: ``passes`` products along every preconditioned dimension (:func:`apply_passes`)."""
+    return passes * product_flops(block)
+
+
+def apply_passes(method: str, damping_method: str = "exact") -> int:
+    """Products along every dimension in one step: Shampoo's with the roots; SOAP turns the gradient and its running
+    mean into the basis and the direction out of it; K-FAC into its basis and back, or (``"pi"``) by the inverses."""
+    return {"shampoo": 1, "soap": 3, "kfac": 1 if damping_method == "pi" else 2}[method]
+
+
 def statistics_milliseconds_per_step(block: Block, statistics_frequency: int) -> float:
     """What the keeper of a block's statistics pays per step."""
     return statistics_flops(block) / FLOPS_PER_MILLISECOND_FLOAT32 / statistics_frequency
@@ -65,4 +76,4 @@ def statistics_milliseconds_per_step(block: Block, statistics_frequency: int) ->
 
 def home_milliseconds_per_step(block: Block) -> float:
     """What every home of a block pays per step: the apply."""
-    return product_flops(block) / FLOPS_PER_MILLISECOND_FLOAT32
+    return apply_flops(block) / FLOPS_PER_MILLISECOND_FLOAT32

@@ -61,7 +61,9 @@ def simulate(
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}{nearest(engine, ENGINES)}")
     if ranks < 1 or (engine == "single" and ranks != 1):
-        raise ValueError(f"world size {ranks}: engine {engine!r} has {'one rank' if ranks > 0 else 'at least one rank'}")
+        raise ValueError(
+            f"world size {ranks}: engine {engine!r} has {'one rank' if ranks > 0 else 'at least one rank'}"
+        )
     numbers = list(groups) if groups is not None else [0] * len(specs)
     size = _shard_size(engine, ranks, shard_size)
     if engine in ("single", "ddp"):

@@ -41,6 +41,7 @@ class Flow:
         when: in every ``"step"``, in steps that update ``"statistics"``, or once in a refresh ``"interval"``.
         bytes: of each rank.
         collectives: how many; none where it makes another one longer.
+        arriving: bytes that reach every rank, where that is more than any sends: broadcasts of several.
     """
 
     purpose: str
@@ -48,6 +49,7 @@ class Flow:
     when: str
     bytes: Bytes
     collectives: int
+    arriving: int = 0
 
 
 def flows(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collection[str] = ()) -> list[Flow]:
@@ -164,7 +166,14 @@ class Counting:
                 sent[unit.refresher] += self._message(unit)[0]
             # one broadcast for every rank that has a root in flight
             owners = min(len({unit.refresher for unit in units}), -(-len(units) // max(collectives, 1)))
-            yield self._per_interval("the roots", "replicate", sent, collectives * owners)
+            yield Flow(
+                purpose="the roots",
+                axis="replicate",
+                when=INTERVAL,
+                bytes=sent,
+                collectives=collectives * owners,
+                arriving=int(sent.sum()),
+            )
             return
         near, far = self._zeros.copy(), self._zeros.copy()
         replica = np.asarray(plan.table.replica)
