@@ -99,8 +99,8 @@ def assign_near(
 def assign_both(costs: Sequence[float], others: Sequence[float], bins: int, loads: Sequence[float] | None) -> list[int]:
     """Give each item a bin so that the largest load is small, and with what room that leaves, another load as well.
 
-    Longest item first, to the bin with the smallest other load among those that stay below 1.05 times the least possible
-    largest load.
+    Longest item first, to the bin with the smallest other load among those that stay below 1.05 times the least
+    possible largest load.
 
     Args:
         costs: what decides.
@@ -141,8 +141,8 @@ def _relieved(
         if excess <= 0:
             return moved
         fitting = [item for item in inside[heaviest] if 0 < costs[item] <= room]
+        back: list[int] = []
         enough = [item for item in fitting if costs[item] >= excess]
-        swap: int | None = None
         if enough or fitting:
             out = min(enough, key=lambda item: (costs[item], item)) if enough else max(fitting, key=lambda i: costs[i])
         else:
@@ -154,14 +154,14 @@ def _relieved(
             ]
             if not pairs:
                 break
-            _, out, swap = max(pairs, key=lambda pair: (min(pair[0], excess), -pair[1], -pair[2]))
-        for item, source, target in ((out, heaviest, lightest), (swap, lightest, heaviest)):
-            if item is not None:
-                inside[source].remove(item)
-                inside[target].append(item)
-                current[source] -= costs[item]
-                current[target] += costs[item]
-                moved[item] = target
+            _, out, other = max(pairs, key=lambda pair: (min(pair[0], excess), -pair[1], -pair[2]))
+            back = [other]
+        for item, source, target in ((out, heaviest, lightest), *((one, lightest, heaviest) for one in back)):
+            inside[source].remove(item)
+            inside[target].append(item)
+            current[source] -= costs[item]
+            current[target] += costs[item]
+            moved[item] = target
     plain = assign(costs, bins, loads)
     return min((moved, plain), key=lambda found: float(_summed(costs, found, bins, loads).max()))
 

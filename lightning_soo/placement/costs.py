@@ -1,9 +1,9 @@
 """What a block costs: flops of its products, and CPU time of its refresh, the measure that ownership is balanced by.
 
 Not bytes: a root costs n^3 and a byte n^2, so ranks that hold equal bytes can differ several times in work. The table
-is fixed and its arithmetic exact on every machine (sums, products and quotients alone): ranks must agree on the balance,
-so nothing here is ever measured at run time. Times of another machine come from
-:mod:`lightning_soo.planning.measured`, for predictions alone.
+is fixed and its arithmetic the same on every machine (sums, products and quotients alone): ranks must agree on the
+balance, so nothing here is ever measured at run time. :func:`lightning_soo.planning.machine.measured` is for
+predictions alone.
 """
 
 from __future__ import annotations

@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lightning_soo.placement.boxes import Box, volume
+
+Integers = npt.NDArray[np.int64]
 
 
 class Parts(dict[int, tuple[Box, ...]]):
@@ -19,6 +23,16 @@ class Parts(dict[int, tuple[Box, ...]]):
     def counts(self) -> dict[int, int]:
         """Elements by place."""
         return {place: sum(map(volume, boxes)) for place, boxes in self.items()}
+
+    @cached_property
+    def arrays(self) -> tuple[Integers, Integers]:
+        """The places, and the elements of each."""
+        return np.array(list(self.counts), dtype=np.int64), np.array(list(self.counts.values()), dtype=np.int64)
+
+    @cached_property
+    def total(self) -> int:
+        """Elements of the unit."""
+        return sum(self.counts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +91,18 @@ class Bucket:
                 found[place, traveller.home] = found.get((place, traveller.home), 0) + count
         return found
 
+    @cached_property
+    def away(self) -> tuple[Integers, Integers]:
+        """Elements that each place sends to others as a holder, and gets from others as a home."""
+        leaving, arriving = np.zeros(self.places, dtype=np.int64), np.zeros(self.places, dtype=np.int64)
+        for traveller in self.travellers:
+            places, counts = traveller.parts.arrays
+            own = traveller.counts.get(traveller.home, 0)
+            leaving[places] += counts
+            leaving[traveller.home] -= own
+            arriving[traveller.home] += traveller.parts.total - own
+        return leaving, arriving
+
     def sent(self, place: int) -> list[int]:
         """Elements that ``place`` sends to each home; what comes back from each, on the way back."""
         return [self.flows.get((place, home), 0) for home in range(self.places)]
@@ -95,23 +121,23 @@ def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> li
     buckets: list[Bucket] = []
     for dtype, alike in itertools.groupby(travellers, key=lambda traveller: traveller.dtype):
         current: list[Traveller] = []
-        sent, received, largest = [0] * places, [0] * places, 0
+        sent, received, largest = np.zeros(places, dtype=np.int64), np.zeros(places, dtype=np.int64), 0
         for traveller in alike:
-            counts = dict(traveller.counts)
-            if traveller.companion is not None:
-                for place, count in traveller.companion.counts.items():
-                    counts[place] = counts.get(place, 0) + count
-            total = sum(counts.values())
-            grown = max(*(sent[place] + count for place, count in counts.items()), received[traveller.home] + total)
+            together = [traveller] if traveller.companion is None else [traveller, traveller.companion]
+            total = sum(each.parts.total for each in together)
+            grown_sent = sent.copy()
+            for each in together:
+                holders, counts = each.parts.arrays
+                grown_sent[holders] += counts
+            grown = int(max(grown_sent.max(), received[traveller.home] + total))
             if current and max(grown, largest) * dtype.itemsize > limit:
                 buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
-                current, sent, received, largest = [], [0] * places, [0] * places, 0
-                grown = total
-            current += [traveller] if traveller.companion is None else [traveller, traveller.companion]
-            for place, count in counts.items():
-                sent[place] += count
+                current, received, largest = [], np.zeros(places, dtype=np.int64), 0
+                grown, grown_sent = total, grown_sent - sent
+            current += together
+            sent = grown_sent
             received[traveller.home] += total
-            largest = max(largest, grown)
+            largest = max(grown, largest)
         if current:
             buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
     return buckets

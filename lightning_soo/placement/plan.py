@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from lightning_soo.placement.assignment import smallest_largest_load
 from lightning_soo.placement.blocks import Block, BlockRules, partition
 from lightning_soo.placement.chains import chain_length
-from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets
+from lightning_soo.placement.exchange import Bucket, Integers, Traveller, fill_buckets
 from lightning_soo.placement.holders import holders_of
 from lightning_soo.placement.homes import Place, place_blocks
 from lightning_soo.placement.layers import LayerBlock, Layers, cut_layers
@@ -151,13 +153,21 @@ class Plan:
     @property
     def exchange_bytes(self) -> int:
         """The most that any rank sends or receives of gradients, one way, per step."""
-        sent, received = [0] * self.table.shards, [0] * self.table.shards
-        for bucket in self._all_buckets:
-            for (source, home), count in bucket.flows.items():
-                if source != home:
-                    sent[source] += count * bucket.dtype.itemsize
-                    received[home] += count * bucket.dtype.itemsize
-        return max([0, *sent, *received])
+        sent, received = self.bytes_away()
+        return max(0, int(sent.max()), int(received.max()))
+
+    def bytes_away(self, buckets: Iterable[Bucket] | None = None) -> tuple[Integers, Integers]:
+        """Bytes that every place of a copy sends to others as a holder, and gets from others as a home.
+
+        Args:
+            buckets: None is all of them.
+        """
+        sent, received = np.zeros(self.table.shards, dtype=np.int64), np.zeros(self.table.shards, dtype=np.int64)
+        for bucket in self._all_buckets if buckets is None else buckets:
+            leaving, arriving = bucket.away
+            sent += leaving * bucket.dtype.itemsize
+            received += arriving * bucket.dtype.itemsize
+        return sent, received
 
     @property
     def buffer_bytes(self) -> int:

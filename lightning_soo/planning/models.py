@@ -70,7 +70,8 @@ def _from_configuration(source: str, options: Mapping[str, Any]) -> nn.Module:
         from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
     except ImportError:
         raise ImportError(
-            f"{source}: Hugging Face configurations need Transformers: pip install transformers; or give module:function"
+            f"{source}: Hugging Face configurations need Transformers: pip install transformers; or give "
+            "module:function"
         ) from None
     given: dict[str, Any] = {}
     path = Path(source)
@@ -98,6 +99,7 @@ def _from_configuration(source: str, options: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"{kind} has no option {key!r}{nearest(key, vars(default))}")
     config = CONFIG_MAPPING[kind](**{**given, **options})
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    model: nn.Module
     with torch.device("meta"):
         if named and named[0] is not None:
             model = named[0](config)
@@ -105,5 +107,4 @@ def _from_configuration(source: str, options: Mapping[str, Any]) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config)
         else:
             model = AutoModel.from_config(config)
-    model.tie_weights()
     return model

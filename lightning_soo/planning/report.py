@@ -120,8 +120,8 @@ class Report:
         )
         name = unit.block.parameter
         return [
-            f"statistics are uneven: rank {rank} has {statistics.max() / statistics.mean():.1f} times the mean, because "
-            f"a block of {name} is {'x'.join(map(str, unit.block.shape))} and is not divided. "
+            f"statistics are uneven: rank {rank} has {statistics.max() / statistics.mean():.1f} times the mean, "
+            f"because a block of {name} is {'x'.join(map(str, unit.block.shape))} and is not divided. "
             f"overrides=[{{'match': {name!r}, 'method': 'none'}}] leaves it to the graft"
         ]
 
@@ -251,13 +251,8 @@ def _both(values: Any) -> dict[str, float]:
 
 
 def _flops(count: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "P"
-    return f"{count:.3g} {unit}flop"
+    power = min(int(math.log10(max(count, 1.0))) // 3, 5)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}flop"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -111,7 +111,8 @@ class Counting:
     def cut_blocks(self) -> Iterator[Flow]:
         """Gradients of cut blocks to their homes, for statistics and for directions, and directions back."""
         used = [b for found in self._plan.buckets.values() for b in found if not self._stands_still(b)]
-        there, back = self._sent_of(used, 0), self._sent_of(used, 1)
+        # homes give back what they got
+        there, back = (found[self._shard] for found in self._plan.bytes_away(used))
         count, purpose = len(used), "the gradients of cut blocks"
         if not self._plan.adds_up:
             yield Flow(purpose=purpose, axis="shard", when=STATISTICS, bytes=there, collectives=count)
@@ -221,16 +222,6 @@ class Counting:
 
     def _stands_still(self, bucket: Bucket) -> bool:
         return all(self._plan.parameters[traveller.parameter].name in self._still for traveller in bucket.travellers)
-
-    def _sent_of(self, buckets: Collection[Bucket], end: int) -> Bytes:
-        """Bytes from the ranks that hold (0), or from the homes on the way back (1)."""
-        sent = np.zeros(self._plan.table.shards, dtype=np.int64)
-        for bucket in buckets:
-            for ends, count in bucket.flows.items():
-                if ends[0] != ends[1]:
-                    sent[ends[end]] += count * bucket.dtype.itemsize
-        found: Bytes = sent[self._shard]
-        return found
 
     def _moving(self) -> list[Unit]:
         return [unit for unit in self._plan.units if unit.block.parameter not in self._still]
