@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_soo import KFAC, SONew, Shampoo
+from lightning_soo import KFAC, Shampoo, SONew
 from lightning_soo.cli import _parser, main
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.simulated import simulate
