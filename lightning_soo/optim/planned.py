@@ -20,7 +20,7 @@ from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_re
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
-from lightning_soo.placement.blocks import Block, BlockRules
+from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.costs import refresh_milliseconds
 from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
@@ -28,6 +28,7 @@ from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
 from lightning_soo.placement.simulated import simulate
 from lightning_soo.placement.table import plan_table
+from lightning_soo.placement.uncut import largest_uncut_dim
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
@@ -151,13 +152,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
         self._model = weakref.ref(model)
 
-    def _build_plan(
-        self, layout: Layout | None = None, table: FragmentTable | None = None, rules: BlockRules | None = None
-    ) -> Plan:
-        """The plan of all ranks; without a table that of one rank alone, and with other rules to compare."""
+    def _build_plan(self, layout: Layout | None = None, table: FragmentTable | None = None) -> Plan:
+        """The plan of all ranks; without a table that of one rank alone."""
         options = self.options
         layout = layout or self._layout or self._read_layout()
-        keep = self._plan is not None and table is not None and rules is None
+        keep = self._plan is not None and table is not None
         previous = {unit.key: unit.place for unit in self._plan.units} if keep and self._plan else None
         for override in options.overrides:
             if override.method not in (self.method, "none", None):
@@ -167,7 +166,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 )
         plan = build_plan(
             layout.specs,
-            rules or options.block_rules,
+            options.block_rules,
             overrides=options.overrides,
             table=table,
             precondition_frequency=options.precondition_frequency.max,
@@ -284,21 +283,20 @@ class PlannedOptimizer(torch.optim.Optimizer):
             engine = "ddp" if plan.ranks > 1 else "single"
         table = plan_table(plan, engine=engine, method=self.method, graft=self.options.fallback or "sgd")
         if plan.exchange_bytes:
-            table += f"\n{self._without_traffic(plan)}"
+            table += f"\n{self.without_traffic(plan)}"
         if not plan.units:
             return table
         if self._refresher is not None and plan is self._plan:
             _ = self._refresher.executor  # so that the reason is known
         return f"{table}\nroots: {self._executor_reason or self.options.workers.kind}"
 
-    def _without_traffic(self, plan: Plan) -> str:
-        """The largest block size with which nothing but small reductions would travel in every step."""
-        size = self.options.max_preconditioner_dim // 2
-        while size >= 16:
-            rules = replace(self.options.block_rules, max_preconditioner_dim=size)
-            if not self._build_plan(self._layout, plan.table, rules).exchange_bytes:
-                return f"with max_preconditioner_dim={size} no gradient would travel"
-            size //= 2
+    def without_traffic(self, plan: Plan) -> str:
+        """In words the largest block size with which nothing but small reductions would travel in every step."""
+        options = self.options
+        specs = [parameter.spec for parameter in plan.parameters]
+        size = largest_uncut_dim(specs, options.block_rules, options.overrides, plan.table)
+        if size is not None:
+            return f"with max_preconditioner_dim={size} no gradient would travel"
         return "no smaller max_preconditioner_dim down to 16 would keep all gradients where they are"
 
     def state_bytes(self) -> int:

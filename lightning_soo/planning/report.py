@@ -185,6 +185,7 @@ class Report:
         options, plan, found = self.optimizer.options, self.found.plan, self.found
         lines = [
             plan_table(plan, engine=self.engine, method=self.optimizer.method, graft=options.fallback or "sgd"),
+            *([self.optimizer.without_traffic(plan)] if plan.exchange_bytes else []),
             "",
             f"{self.optimizer.method} on {plan.ranks} rank{'s' * (plan.ranks > 1)}, {self.engine}"
             + (f", {plan.table.shards} to a copy of the model" if 1 < plan.table.shards < plan.ranks else ""),
