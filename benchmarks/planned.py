@@ -3,7 +3,7 @@
 python benchmarks/planned.py [--tasks autoencoder gpt] [--ranks 1 2 4] [--output FILE]
 
 Each run is a world of gloo ranks of one thread. A prediction is made as `lightning-soo plan` makes it: a model on the
-meta device and a table made up for the engine. The rates are this machine's, measured by all ranks at once just before.
+meta device and a table made up for the engine. The rates are this machine's, measured by all ranks at once before and after the steps.
 Gradients are random numbers: steps are measured, no training. Measured is the median step without refreshes of the
 slowest rank, and the seconds that the slowest rank's refreshes took.
 """
@@ -114,7 +114,8 @@ def measure_run(task: str, engine: str, settings: str) -> tuple[float, float, Ma
     optimizer.attach(net)
     gradients = [[torch.randn_like(p) for p in net.parameters()] for _ in range(3)]
     quiet, busy = [], []
-    found = rates(optimizer.options.root_dtype(torch.float32))
+    dtype = optimizer.options.root_dtype(torch.float32)
+    before = rates(dtype)
     for step in range(1, STEPS + 1):
         for parameter, gradient in zip(net.parameters(), gradients[step % 3], strict=True):
             parameter.grad = gradient.clone()
@@ -128,7 +129,13 @@ def measure_run(task: str, engine: str, settings: str) -> tuple[float, float, Ma
             busy.append(slowest(sum(block.diagnostics["seconds"] for block in mine)))
         elif step > START + 1:
             quiet.append(seconds)
-    return statistics.median(quiet), statistics.median(busy), found
+    return statistics.median(quiet), statistics.median(busy), between(before, rates(dtype))
+
+
+def between(one: Machine, other: Machine) -> Machine:
+    """Means of rates as times: what is twice as slow counts twice."""
+    pairs = {name: (getattr(one, name), getattr(other, name)) for name in vars(one)}
+    return Machine(**{name: 2.0 / (1.0 / a + 1.0 / b) if a and b else a for name, (a, b) in pairs.items()})
 
 
 def _blocks(optimizer: PlannedOptimizer) -> list[Any]:

@@ -14,9 +14,9 @@ from lightning_soo.placement.blocks import Block
 
 FLOPS_PER_MILLISECOND_FLOAT32 = 1.0e8
 FLOPS_PER_MILLISECOND_FLOAT64 = 0.5e8
-# One refresh of an order n on one thread (float64, numpy): a checked decomposition and the product that builds the root.
-# Calls, what memory bounds (n^2 and the reduction to tridiagonal form), and products (n^3); within 16 % of what was
-# measured for orders 16 to 2048: 0.10 ms at 16, 0.50 at 64, 7.7 at 256, 234 at 1024, 1811 at 2048.
+# One refresh of an order n on one thread (float64, numpy): a checked decomposition, and the product that builds the
+# root. Calls, what memory bounds (n^2 and the reduction to tridiagonal form), and products (n^3); within 16 % of what
+# was measured for orders 16 to 2048: 0.10 ms at 16, 0.50 at 64, 7.7 at 256, 234 at 1024, 1811 at 2048.
 _CALLS, _SQUARE, _CUBE = 9.0e-2, 7.0e-5, 1.75e-7
 
 

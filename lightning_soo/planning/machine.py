@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,21 +67,21 @@ def measured(machine: Machine, compute_dtype: torch.dtype = torch.float32) -> Ma
     target = torch.empty_like(source)
     small = torch.zeros(64)
     with threadpool_limits(1):  # as a worker's
-        ratios = [order_milliseconds(order) / 1000 / _best(_decomposition(order)) for order in _ORDERS]
+        ratios = [order_milliseconds(order) / 1000 / _median(_decomposition(order)) for order in _ORDERS]
     return replace(
         machine,
         flops=product_rate(compute_dtype),
         statistics_flops=product_rate(torch.float32),
         core_rate=FLOPS_PER_MILLISECOND_FLOAT64 * 1000 * float(np.median(ratios)),
-        memory_bandwidth=2.0 * source.numel() * 4 / _best(lambda: target.copy_(source)),
-        operation=_best(lambda: [small.add_(1.0) for _ in range(1000)]) / 1000,
+        memory_bandwidth=2.0 * source.numel() * 4 / _median(lambda: target.copy_(source)),
+        operation=_median(lambda: [small.add_(1.0) for _ in range(1000)]) / 1000,
     )
 
 
 def product_rate(dtype: torch.dtype, order: int = 768) -> float:
     """FLOP/s of a square matrix product here."""
     left, right = (torch.randn(order, order).to(dtype) for _ in range(2))
-    return 2.0 * order**3 / _best(lambda: left @ right)
+    return 2.0 * order**3 / _median(lambda: left @ right)
 
 
 def _decomposition(order: int) -> Callable[[], object]:
@@ -89,12 +90,12 @@ def _decomposition(order: int) -> Callable[[], object]:
     return lambda: inverse_root(matrix, 4.0, eps=1e-6)
 
 
-def _best(run: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds of the fastest of several runs, after one that is not counted."""
+def _median(run: Callable[[], object], repeats: int = 7) -> float:
+    """Median seconds of several runs, after one that is not counted: what the machine does now, others' work included."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
