@@ -3,7 +3,8 @@
 python benchmarks/planned.py [--tasks autoencoder gpt] [--ranks 1 2 4] [--output FILE]
 
 Each run is a world of gloo ranks of one thread. A prediction is made as `lightning-soo plan` makes it: a model on the
-meta device and a table made up for the engine. The rates are this machine's, measured by all ranks at once before and after the steps.
+meta device and a table made up for the engine. The rates are this machine's, measured by all ranks at once before and
+after the steps.
 Gradients are random numbers: steps are measured, no training. Measured is the median step without refreshes of the
 slowest rank, and the seconds that the slowest rank's refreshes took.
 """

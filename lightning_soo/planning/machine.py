@@ -91,7 +91,7 @@ def _decomposition(order: int) -> Callable[[], object]:
 
 
 def _median(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median seconds of several runs, after one that is not counted: what the machine does now, others' work included."""
+    """Median seconds of several runs, after one that is not counted: what the machine does now, busy or not."""
     run()
     times = []
     for _ in range(repeats):
