@@ -14,6 +14,7 @@ import numpy.typing as npt
 TOLERANCE = 1.05
 # sums of costs that are looked at for the bound; where there are more, loads can be nearly anything
 _MOST_SUMS = 4096
+_MOST_UNITS = 128
 
 Loads = npt.NDArray[np.float64]
 
@@ -46,8 +47,9 @@ def smallest_largest_load(costs: Sequence[float], bins: int, loads: Sequence[flo
     """A lower bound on the largest load of any assignment.
 
     The largest of: the mean load; the costliest item; for every ``k`` the ``k + 1`` smallest of the ``k bins + 1``
-    costliest items, of which some bin has ``k + 1``; and the smallest sum of costs that reaches the mean, since every
-    load is a sum of costs. From bins that carry something already, the mean and the largest of them alone.
+    costliest items, of which some bin has ``k + 1``; the smallest sum of costs that reaches the mean, since every load
+    is a sum of costs; and for the cost ``u`` of every item the mean in whole units of ``u``, when all costs are rounded
+    down to such units. From bins that carry something already, the mean and the largest of them alone.
     """
     if loads is not None and any(loads):
         return max((sum(loads) + sum(costs)) / bins, *loads)
@@ -58,7 +60,7 @@ def smallest_largest_load(costs: Sequence[float], bins: int, loads: Sequence[flo
     found = max(mean, ordered[0])
     for k in range(1, (len(ordered) - 1) // bins + 1):
         found = max(found, sum(ordered[k * bins - k : k * bins + 1]))
-    return max(found, _reachable(ordered, mean))
+    return max(found, _reachable(ordered, mean), _in_units(Counter(ordered), bins))
 
 
 def assign_near(
@@ -184,6 +186,17 @@ def _arrays(preferred: Sequence[Sequence[int]]) -> list[npt.NDArray[np.int64]]:
         if id(bins) not in known:
             known[id(bins)] = np.array(sorted(bins), dtype=np.int64)
     return [known[id(bins)] for bins in preferred]
+
+
+def _in_units(numbers: Counter[float], bins: int) -> float:
+    """Of costs, by how many items have them; where there are many different ones the units say nothing."""
+    if len(numbers) > _MOST_UNITS:
+        return 0.0
+    units = [unit for unit in numbers if unit > 0]
+    return max(
+        unit * math.ceil(sum(number * math.floor(cost / unit + 1e-9) for cost, number in numbers.items()) / bins)
+        for unit in units
+    ) * (1.0 - 1e-9)  # as much as a quotient may have been rounded up
 
 
 def _reachable(ordered: Sequence[float], mean: float) -> float:

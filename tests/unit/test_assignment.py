@@ -36,11 +36,13 @@ def test_the_bound_is_below_the_best_of_all(costs: list[float], bins: int) -> No
         ([1.0] * 9, 4, 3.0),  # three of nine
         ([3.0] * 3 + [2.0] * 3, 2, 8.0),  # half is 7.5; sums of threes and twos are 7 and 8
         ([4.0, 4.0, 4.0, 1.0], 2, 8.0),  # two of the three fours
+        ([1.0] * 4 + [1.01] * 5, 4, 3.0),  # three of nine
+        ([2.0] * 4 + [1.01] * 2 + [1.0], 2, 6.0),  # half is 5.51, and 5.01 and 6 are what twos and ones add up to
         ([], 3, 0.0),
     ],
 )
 def test_the_bound_by_hand(costs: list[float], bins: int, bound: float) -> None:
-    assert smallest_largest_load(costs, bins) == bound
+    assert smallest_largest_load(costs, bins) == pytest.approx(bound, rel=1e-8)
 
 
 def test_bins_that_carry_something() -> None:
