@@ -1,4 +1,4 @@
-"""``lightning-soo``: look at configurations and checkpoints before any device time is spent, and copy recipes."""
+"""``lightning-soo``: look at configurations, plans and checkpoints before device time is spent, and copy recipes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_soo._version import __version__
 from lightning_soo.config import import_yaml, load_config
+from lightning_soo.planning.command import add_arguments
 from lightning_soo.recipe_files import copy_recipe, list_recipes
 
 
@@ -35,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("source", nargs="?", help=what)
     check.add_argument("--config_file", help="the yaml of accelerate launch that goes with it")
     check.set_defaults(run=_check)
+    plan = commands.add_parser("plan", help="say what an optimizer would take on machines that are not here")
+    add_arguments(plan, what)
     inspect = commands.add_parser("inspect", help="list what a checkpoint holds, and compare it with its checksums")
     inspect.add_argument("checkpoint", help="a folder or a file of lightning_soo, Lightning, Accelerate or DeepSpeed")
     inspect.set_defaults(run=_inspect)

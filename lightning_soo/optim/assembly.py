@@ -121,7 +121,7 @@ class Assembly:
             for traveller in bucket.travellers:
                 if traveller.home != (other if home is None else home):
                     continue
-                for box in traveller.parts[other if sender is None else sender]:
+                for box in traveller.parts.get(other if sender is None else sender, ()):
                     found.append((traveller, box, start))
                     start += volume(box)
         self._layouts[key] = found

@@ -18,7 +18,7 @@ from lightning_soo.optim.outcomes import array_templates, pack_array, unpack_arr
 from lightning_soo.preconditioners.layer_factors import LayerFactorsBlock
 from lightning_soo.transport import Arriving, Transport
 
-_COUNTS = 2  # rows in the input factors, examples
+COUNTS = 2  # rows in the input factors, examples
 
 
 class Contributions:
@@ -71,8 +71,8 @@ class Contributions:
         found, start = {}, 0
         for key, block in self._kept.items():
             layouts = block.statistics_layouts(block.block)
-            positions, examples = total[start : start + _COUNTS].tolist()
-            start += _COUNTS
+            positions, examples = total[start : start + COUNTS].tolist()
+            start += COUNTS
             arrays = []
             for layout, (shape, _) in zip(layouts, array_templates(layouts, total.dtype), strict=True):
                 count = math.prod(shape)

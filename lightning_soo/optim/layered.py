@@ -246,7 +246,8 @@ class LayeredOptimizer(LayerDirections):
         self._settle()
         return {**super().__getstate__(), "_damping": self._damping, "_last_total": self._last_total}
 
-    def _without_traffic(self, plan: Plan) -> str:
+    def without_traffic(self, plan: Plan) -> str:
+        """That no size of block would do it: layers are not cut by size."""
         return "a layer's gradient is assembled at its home as a whole, whatever max_preconditioner_dim is"
 
     def diagnostics(self) -> dict[str, float]:

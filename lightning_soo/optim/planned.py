@@ -21,14 +21,16 @@ from lightning_soo.optim.options import AUTOMATIC, GROUP_OPTIONS, ShampooOptions
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
-from lightning_soo.placement.blocks import Block, BlockRules
+from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.costs import refresh_milliseconds
 from lightning_soo.placement.fragments import to_local
 from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, build_plan
+from lightning_soo.placement.simulated import simulate
 from lightning_soo.placement.table import plan_table
+from lightning_soo.placement.uncut import largest_uncut_dim
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
@@ -129,6 +131,21 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._install_plan(plan, layout)
         return plan
 
+    def plan_elsewhere(self, engine: str, ranks: int, **how: Any) -> Plan:
+        """The plan that :meth:`attach` would build under another engine and number of ranks. Local.
+
+        The parameters may be on the meta device: only names, shapes and dtypes are looked at.
+
+        Args:
+            engine, ranks, how: of :func:`lightning_soo.placement.simulated.simulate`.
+
+        Raises:
+            ValueError: nothing to precondition, an override that matches nothing, ranks that cannot be divided so.
+        """
+        layout = self._read_layout()
+        found = simulate(engine, layout.specs, ranks=ranks, groups=layout.groups, **how)
+        return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
+
     def _read_layout(self) -> Layout:
         model = self._model() if self._model is not None else None
         return read_layout(self._groups(), model, self._constructed)
@@ -143,13 +160,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
         self._model = weakref.ref(model)
 
-    def _build_plan(
-        self, layout: Layout | None = None, table: FragmentTable | None = None, rules: BlockRules | None = None
-    ) -> Plan:
-        """The plan of all ranks; without a table that of one rank alone, and with other rules to compare."""
+    def _build_plan(self, layout: Layout | None = None, table: FragmentTable | None = None) -> Plan:
+        """The plan of all ranks; without a table that of one rank alone."""
         options = self.options
         layout = layout or self._layout or self._read_layout()
-        keep = self._plan is not None and table is not None and rules is None
+        keep = self._plan is not None and table is not None
         previous = {unit.key: unit.place for unit in self._plan.units} if keep and self._plan else None
         for override in options.overrides:
             if override.method not in (self.method, "none", None):
@@ -159,7 +174,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 )
         plan = build_plan(
             layout.specs,
-            rules or options.block_rules,
+            options.block_rules,
             overrides=options.overrides,
             table=table,
             precondition_frequency=options.precondition_frequency.max,
@@ -289,7 +304,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             engine = "ddp" if plan.ranks > 1 else "single"
         table = plan_table(plan, engine=engine, method=self.method, graft=self.options.fallback or "sgd")
         if plan.exchange_bytes:
-            table += f"\n{self._without_traffic(plan)}"
+            table += f"\n{self.without_traffic(plan)}"
         if not plan.units:
             return table
         if self._refresher is not None and plan is self._plan:
@@ -300,14 +315,13 @@ class PlannedOptimizer(torch.optim.Optimizer):
             table += f"\nproducts with them: bfloat16 in {narrow} of {len(plan.units)} blocks (compute_dtype='auto')"
         return table
 
-    def _without_traffic(self, plan: Plan) -> str:
-        """The largest block size with which nothing but small reductions would travel in every step."""
-        size = self.options.max_preconditioner_dim // 2
-        while size >= 16:
-            rules = replace(self.options.block_rules, max_preconditioner_dim=size)
-            if not self._build_plan(self._layout, plan.table, rules).exchange_bytes:
-                return f"with max_preconditioner_dim={size} no gradient would travel"
-            size //= 2
+    def without_traffic(self, plan: Plan) -> str:
+        """In words the largest block size with which nothing but small reductions would travel in every step."""
+        options = self.options
+        specs = [parameter.spec for parameter in plan.parameters]
+        size = largest_uncut_dim(specs, options.block_rules, options.overrides, plan.table)
+        if size is not None:
+            return f"with max_preconditioner_dim={size} no gradient would travel"
         return "no smaller max_preconditioner_dim down to 16 would keep all gradients where they are"
 
     def state_bytes(self) -> int:

@@ -105,24 +105,58 @@ def even_cuts(size: int, limit: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def partition(name: str, shape: tuple[int, ...], rules: BlockRules) -> tuple[list[Block], str]:
-    """Return the blocks of one parameter, or no blocks and the reason in words."""
+class Cuts(NamedTuple):
+    """How a parameter is cut.
+
+    Attributes:
+        ranges: of every dimension of ``merged_shape``; blocks are all their combinations.
+        dims: the dimensions that have preconditioners.
+    """
+
+    merged_shape: tuple[int, ...]
+    ranges: tuple[list[tuple[int, int]], ...]
+    dims: tuple[int, ...]
+
+    def divided_at(self, position: int) -> bool:
+        """Whether some block has elements on both sides of a row-major position."""
+        shape, ranges = self.merged_shape, self.ranges
+        while True:
+            row, position = divmod(position, math.prod(shape[1:]))
+            start, stop = next(cut for cut in ranges[0] if row < cut[1])
+            if position == 0:
+                return row != start
+            if stop - start > 1:
+                return True
+            shape, ranges = shape[1:], ranges[1:]  # inside one row that is cut off by itself
+
+
+def cut(shape: tuple[int, ...], rules: BlockRules) -> tuple[Cuts | None, str]:
+    """How a parameter is cut into blocks, or None and the reason in words why it is not."""
     if math.prod(shape) == 0:
-        return [], "empty"
+        return None, "empty"
     merged = merge_shape(shape, rules.merge_dims, rules.max_preconditioner_dim)
     real = [dim for dim, size in enumerate(merged) if size > 1]
     if not real:
-        return [], "one element"
+        return None, "one element"
     if len(real) == 1 and not rules.precondition_1d:
-        return [], "1-D (precondition_1d=False)"
+        return None, "1-D (precondition_1d=False)"
     # the rows of an embedding are categories: no correlation worth a matrix, and most rows of its gradient are zero
     skip_rows = rules.is_embedding and len(real) > 1 and merged[0] > merged[real[-1]]
     dims = tuple(d for d in real if merged[d] <= rules.one_sided_limit and not (skip_rows and d == 0))
     if not dims:
-        return [], f"every dimension above one_sided_above={rules.one_sided_limit}"
-    cuts = [
+        return None, f"every dimension above one_sided_above={rules.one_sided_limit}"
+    ranges = tuple(
         even_cuts(size, rules.max_preconditioner_dim) if dim in dims else [(0, size)] for dim, size in enumerate(merged)
-    ]
+    )
+    return Cuts(merged, ranges, dims), ""
+
+
+def partition(name: str, shape: tuple[int, ...], rules: BlockRules) -> tuple[list[Block], str]:
+    """Return the blocks of one parameter, or no blocks and the reason in words."""
+    cuts, reason = cut(shape, rules)
+    if cuts is None:
+        return [], reason
     return [
-        Block(parameter=name, merged_shape=merged, ranges=ranges, dims=dims) for ranges in itertools.product(*cuts)
+        Block(parameter=name, merged_shape=cuts.merged_shape, ranges=ranges, dims=cuts.dims)
+        for ranges in itertools.product(*cuts.ranges)
     ], ""

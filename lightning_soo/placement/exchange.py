@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from lightning_soo.placement.boxes import Box, pieces, volume
+from lightning_soo.placement.boxes import Box, volume
+
+Integers = npt.NDArray[np.int64]
+
+
+class Parts(dict[int, tuple[Box, ...]]):
+    """Place in the copy -> the boxes that it holds of a unit, in order; places that hold nothing are left out."""
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Elements by place."""
+        return {place: sum(map(volume, boxes)) for place, boxes in self.items()}
+
+    @cached_property
+    def arrays(self) -> tuple[Integers, Integers]:
+        """The places, and the elements of each."""
+        return np.array(list(self.counts), dtype=np.int64), np.array(list(self.counts.values()), dtype=np.int64)
+
+    @cached_property
+    def total(self) -> int:
+        """Elements of the unit."""
+        return sum(self.counts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +43,7 @@ class Traveller:
         unit: its number in the plan.
         box: what it is of the parameter's merged shape.
         home: place in the copy where it is assembled.
-        parts: for each place in the copy, the boxes it holds, in order.
+        parts: who holds what of it.
         companion: what has to arrive together with it.
     """
 
@@ -30,13 +53,13 @@ class Traveller:
     box: Box
     home: int
     dtype: torch.dtype
-    parts: tuple[tuple[Box, ...], ...]
+    parts: Parts
     companion: Traveller | None = None
 
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
+    @property
+    def counts(self) -> dict[int, int]:
         """Elements by place."""
-        return tuple(sum(map(volume, boxes)) for boxes in self.parts)
+        return self.parts.counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +82,34 @@ class Bucket:
     def largest_bytes(self) -> int:
         return self.largest * self.dtype.itemsize
 
+    @cached_property
+    def flows(self) -> dict[tuple[int, int], int]:
+        """``(place, home)`` -> elements that go there, and whose directions come back; its own part among them."""
+        found: dict[tuple[int, int], int] = {}
+        for traveller in self.travellers:
+            for place, count in traveller.counts.items():
+                found[place, traveller.home] = found.get((place, traveller.home), 0) + count
+        return found
+
+    @cached_property
+    def away(self) -> tuple[Integers, Integers]:
+        """Elements that each place sends to others as a holder, and gets from others as a home."""
+        leaving, arriving = np.zeros(self.places, dtype=np.int64), np.zeros(self.places, dtype=np.int64)
+        for traveller in self.travellers:
+            places, counts = traveller.parts.arrays
+            own = traveller.counts.get(traveller.home, 0)
+            leaving[places] += counts
+            leaving[traveller.home] -= own
+            arriving[traveller.home] += traveller.parts.total - own
+        return leaving, arriving
+
     def sent(self, place: int) -> list[int]:
         """Elements that ``place`` sends to each home; what comes back from each, on the way back."""
-        counts = [0] * self.places
-        for traveller in self.travellers:
-            counts[traveller.home] += traveller.counts[place]
-        return counts
+        return [self.flows.get((place, home), 0) for home in range(self.places)]
 
     def received(self, place: int) -> list[int]:
         """Elements that ``place`` receives from each as a home; what it sends back to each."""
-        mine = [traveller.counts for traveller in self.travellers if traveller.home == place]
-        return [sum(column) for column in zip(*mine, strict=True)] if mine else [0] * self.places
-
-
-def travel_parts(shape: tuple[int, ...], box: Box, ranges: Sequence[tuple[int, int]]) -> tuple[tuple[Box, ...], ...]:
-    """The boxes of one unit that each place holds."""
-    return tuple(tuple(pieces(shape, box, start, stop)) for start, stop in ranges)
+        return [self.flows.get((source, place), 0) for source in range(self.places)]
 
 
 def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> list[Bucket]:
@@ -86,20 +121,23 @@ def fill_buckets(travellers: Iterable[Traveller], places: int, limit: int) -> li
     buckets: list[Bucket] = []
     for dtype, alike in itertools.groupby(travellers, key=lambda traveller: traveller.dtype):
         current: list[Traveller] = []
-        sent, received, largest = [0] * places, [0] * places, 0
+        sent, received, largest = np.zeros(places, dtype=np.int64), np.zeros(places, dtype=np.int64), 0
         for traveller in alike:
-            counts = traveller.counts
-            if traveller.companion is not None:
-                counts = tuple(a + b for a, b in zip(counts, traveller.companion.counts, strict=True))
-            grown = max(*(a + b for a, b in zip(sent, counts, strict=True)), received[traveller.home] + sum(counts))
+            together = [traveller] if traveller.companion is None else [traveller, traveller.companion]
+            total = sum(each.parts.total for each in together)
+            grown_sent = sent.copy()
+            for each in together:
+                holders, counts = each.parts.arrays
+                grown_sent[holders] += counts
+            grown = int(max(grown_sent.max(), received[traveller.home] + total))
             if current and max(grown, largest) * dtype.itemsize > limit:
                 buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
-                current, sent, received, largest = [], [0] * places, [0] * places, 0
-                grown = sum(counts)
-            current += [traveller] if traveller.companion is None else [traveller, traveller.companion]
-            sent = [a + b for a, b in zip(sent, counts, strict=True)]
-            received[traveller.home] += sum(counts)
-            largest = max(largest, grown)
+                current, received, largest = [], np.zeros(places, dtype=np.int64), 0
+                grown, grown_sent = total, grown_sent - sent
+            current += together
+            sent = grown_sent
+            received[traveller.home] += total
+            largest = max(grown, largest)
         if current:
             buckets.append(Bucket(travellers=tuple(current), places=places, largest=largest))
     return buckets

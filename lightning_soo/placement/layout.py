@@ -151,4 +151,6 @@ class FragmentTable:
         return rank == 0 if self.is_replicated(parameter, numel) else self.replica[rank] == 0
 
     def digest_rows(self) -> list[object]:
-        return [list(self.shard), list(self.replica), [list(row) for row in self.ranges]]
+        rows = dict.fromkeys(self.ranges)  # ranks that hold the same, as all do under DDP, are written once
+        number = {row: index for index, row in enumerate(rows)}
+        return [list(self.shard), list(self.replica), [number[row] for row in self.ranges], [list(row) for row in rows]]

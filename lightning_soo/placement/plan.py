@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
+from lightning_soo.placement.assignment import smallest_largest_load
 from lightning_soo.placement.blocks import Block, BlockRules, partition
 from lightning_soo.placement.chains import chain_length
-from lightning_soo.placement.exchange import Bucket, Traveller, fill_buckets, travel_parts
+from lightning_soo.placement.exchange import Bucket, Integers, Traveller, fill_buckets
+from lightning_soo.placement.holders import holders_of
 from lightning_soo.placement.homes import Place, place_blocks
 from lightning_soo.placement.layers import LayerBlock, Layers, cut_layers
 from lightning_soo.placement.layout import FragmentTable
@@ -104,7 +108,7 @@ class Plan:
 
     @property
     def loads(self) -> list[float]:
-        """Milliseconds per step that each rank spends for the units it refreshes."""
+        """Milliseconds per step that each rank's refreshes take on one thread of the reference machine."""
         loads = [0.0] * self.ranks
         for unit in self.units:
             loads[unit.refresher] += unit.place.milliseconds
@@ -115,14 +119,30 @@ class Plan:
         """Largest load over the mean load: 1 is perfect."""
         return _largest_over_mean(self.loads)
 
+    @cached_property
+    def least_balance(self) -> float:
+        """What :attr:`balance` is at least, whoever refreshes what: blocks are not divided."""
+        costs = [unit.place.milliseconds for unit in self.units]
+        total = sum(costs)
+        return smallest_largest_load(costs, self.ranks) * self.ranks / total if total > 0 else 1.0
+
     @property
     def state_bytes(self) -> list[int]:
         """Preconditioner state of each rank: roots where they are applied, statistics where they are kept."""
-        count = [0] * self.ranks
+        count = self.sums_at_homes(lambda unit: unit.root_bytes + unit.moment_bytes)
         for unit in self.units:
-            for home in unit.homes:
-                count[home] += unit.root_bytes + unit.moment_bytes
             count[unit.place.keeper] += unit.statistics_bytes
+        return count
+
+    def sums_at_homes(self, value: Callable[[Unit], int]) -> list[int]:
+        """For each rank the sum of ``value`` over the units whose home it is."""
+        sums: dict[tuple[int, ...], int] = {}
+        for unit in self.units:
+            sums[unit.homes] = sums.get(unit.homes, 0) + value(unit)
+        count = [0] * self.ranks
+        for homes, total in sums.items():
+            for home in homes:
+                count[home] += total
         return count
 
     @property
@@ -133,14 +153,21 @@ class Plan:
     @property
     def exchange_bytes(self) -> int:
         """The most that any rank sends or receives of gradients, one way, per step."""
-        sent, received = [0] * self.table.shards, [0] * self.table.shards
-        for bucket in self._all_buckets:
-            for place in range(self.table.shards):
-                away = [count for home, count in enumerate(bucket.sent(place)) if home != place]
-                sent[place] += sum(away) * bucket.dtype.itemsize
-                come = [count for source, count in enumerate(bucket.received(place)) if source != place]
-                received[place] += sum(come) * bucket.dtype.itemsize
-        return max([0, *sent, *received])
+        sent, received = self.bytes_away()
+        return max(0, int(sent.max()), int(received.max()))
+
+    def bytes_away(self, buckets: Iterable[Bucket] | None = None) -> tuple[Integers, Integers]:
+        """Bytes that every place of a copy sends to others as a holder, and gets from others as a home.
+
+        Args:
+            buckets: None is all of them.
+        """
+        sent, received = np.zeros(self.table.shards, dtype=np.int64), np.zeros(self.table.shards, dtype=np.int64)
+        for bucket in self._all_buckets if buckets is None else buckets:
+            leaving, arriving = bucket.away
+            sent += leaving * bucket.dtype.itemsize
+            received += arriving * bucket.dtype.itemsize
+        return sent, received
 
     @property
     def buffer_bytes(self) -> int:
@@ -177,15 +204,17 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of everything that must be the same on every rank."""
+        everywhere = {homes: index for index, homes in enumerate(dict.fromkeys(unit.homes for unit in self.units))}
         rows = [
             [
                 *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason, p.chain, list(p.joined)),
-                [[u.key, u.refresher, list(u.homes), u.place.travels, list(u.block.dims)] for u in p.units],
+                [[u.key, u.refresher, everywhere[u.homes], u.place.travels, list(u.block.dims)] for u in p.units],
             ]
             for p in self.parameters
         ]
         buckets = [[part, [[t.key for t in b.travellers] for b in found]] for part, found in self.buckets.items()]
-        return hashlib.sha256(json.dumps([self.table.digest_rows(), rows, buckets]).encode()).hexdigest()
+        found = [self.table.digest_rows(), rows, buckets, list(everywhere)]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def blocks_digest(self) -> str:
         """Hash of what is preconditioned and in which blocks: the same at any number of ranks under any engine."""
@@ -261,6 +290,7 @@ def build_plan(
         for block in blocks
         if isinstance(block, LayerBlock) and block.bias is not None
     }
+    holders = holders_of(table)
     places = place_blocks(
         [(parameter, block) for parameter, (_, blocks, _) in enumerate(cut) for block in blocks],
         table,
@@ -270,6 +300,7 @@ def build_plan(
         statistics_frequency=statistics_frequency,
         previous=previous or {},
         refresh_at_home=refresh_at_home,
+        holders=holders,
     )
     parameters = []
     for spec, blocks, reason in cut:
@@ -298,7 +329,6 @@ def build_plan(
         )
     travellers: dict[int, list[Traveller]] = {}
     number = 0
-    copy = table.copy_of(0)
 
     def traveller(index: int, block: Block, unit: Unit, companion: Traveller | None = None) -> Traveller:
         return Traveller(
@@ -308,7 +338,7 @@ def build_plan(
             box=block.ranges,
             home=table.shard[unit.homes[0]],
             dtype=specs[index].dtype,
-            parts=travel_parts(block.merged_shape, block.ranges, [table.ranges[rank][index] for rank in copy]),
+            parts=holders[index].parts(block.merged_shape, block.ranges),
             companion=companion,
         )
 

@@ -65,7 +65,8 @@ def _summary(plan: Plan) -> list[str]:
             f"a checkpoint in one file gathers {format_bytes(gathered)} of it on rank 0; one in a folder nothing"
         )
         lines.append(
-            f"refreshes divided over {plan.ranks} ranks, largest load {plan.balance:.2f}x the mean; "
+            f"refreshes divided over {plan.ranks} ranks, largest load {plan.balance:.2f}x the mean (at least "
+            f"{plan.least_balance:.2f}x, as blocks are not divided); "
             f"{format_bytes(roots)} of roots gathered per interval"
         )
         travelling = sum(unit.place.travels for unit in plan.units)
@@ -81,7 +82,8 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _homes_text(plan: Plan, members: Sequence[PlannedParameter]) -> str:
-    homes = sorted({home for member in members for unit in member.units for home in unit.homes})
+    places = {unit.homes for member in members for unit in member.units}
+    homes = sorted({home for found in places for home in found})
     if not homes:
         return "-"
     everywhere = all(len(unit.homes) == plan.ranks for member in members for unit in member.units)

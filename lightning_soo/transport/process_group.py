@@ -54,6 +54,8 @@ class Transport:
     Attributes:
         rank, size: place and number of ranks in the group.
         calls: collectives started so far, by kind, for tests that compare them with the plan.
+        sent: bytes that this rank has given to other ranks so far, by purpose: of a reduction its vector, of a
+            broadcast its own buffer, both once.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Transport:
         self.rank = dist.get_rank(group) if active else 0
         self.size = dist.get_world_size(group) if active else 1
         self.calls: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self._device = torch.device("cpu")
         if self.size > 1 and "nccl" in str(dist.get_backend(group)) and "gloo" not in str(dist.get_backend(group)):
             self._device = torch.device("cuda", torch.cuda.current_device())
@@ -127,6 +130,7 @@ class Transport:
 
     def _reduce(self, values: Tensor, operation: Any, purpose: str) -> Tensor:
         self.calls["all_reduce"] += 1
+        self.sent[purpose] += values.numel() * values.element_size()
         moved = values.to(self._device)
         self._wait(dist.all_reduce(moved, op=operation, group=self._group, async_op=True), purpose, "all_reduce")
         return moved.to(values.device)
@@ -158,6 +162,7 @@ class Transport:
         what = self._waiting.describe(purpose, "all_to_all")
         self._check_size(what, send.numel(), sum(sent), "elements")
         self.calls["all_to_all"] += 1
+        self.sent[purpose] += (sum(sent) - sent[self.rank]) * send.element_size()
         source = send.to(self._device)
         target = torch.empty(sum(received), dtype=send.dtype, device=self._device)
         handle = dist.all_to_all_single(target, source, list(received), list(sent), group=self._group, async_op=True)
@@ -179,6 +184,8 @@ class Transport:
         buffers, handles = [], []
         what = self._waiting.describe(purpose, "broadcast") if self._waiting is not None else purpose
         self._check_size(what, 0 if own is None else own.numel(), sizes[self.rank], "bytes")
+        if self.size > 1:
+            self.sent[purpose] += sizes[self.rank]
         for rank, size in enumerate(sizes):
             if rank == self.rank and own is not None:
                 buffer = own.to(self._device)

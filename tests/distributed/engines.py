@@ -81,7 +81,7 @@ class Engine:
     name = "single"
 
     def __init__(self, options: Options, *, accumulation: int = 1, clip: float | None = None) -> None:
-        self.accumulation, self.clip_norm = accumulation, clip
+        self.accumulation, self.clip_norm, self.given = accumulation, clip, options
         self.dtype = self.precision(clip)
         self.module = make_model(self.dtype)
         self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}

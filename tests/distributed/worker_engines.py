@@ -6,15 +6,19 @@ import functools
 import os
 import sys
 import warnings
+from collections import Counter
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from engines import Engine, Zero, deviation, every_engine, make_model, reference
+from engines import Engine, Zero, deviation, every_engine, make_model, make_optimizer, reference
 from launching import leave
 
 from lightning_soo import KFAC
 from lightning_soo.optim.banded import BandedOptimizer
+from lightning_soo.optim.base import SecondOrderOptimizer
+from lightning_soo.placement.plan import Plan
+from lightning_soo.planning.traffic import INTERVAL, flows
 
 # accumulation, clipping, refresh delay
 CASES = ((1, None, 2), (2, None, 0), (1, 0.05, 0), (2, 0.05, 2))
@@ -53,11 +57,17 @@ def compare(kind: type[Engine], method: str, rank: int, ranks: int) -> None:
         engine = kind(options_of(method, delay, kind), accumulation=accumulation, clip=clip)
         calls: list[dict[str, int]] = []
 
-        def count(step: int, engine: Engine = engine, calls: list[dict[str, int]] = calls) -> None:
+        sent: list[Counter[str]] = []
+
+        def count(
+            step: int, engine: Engine = engine, calls: list[dict[str, int]] = calls, sent: list[Counter[str]] = sent
+        ) -> None:
             calls.append(counted(engine))
+            sent.append(bytes_sent(engine))
 
         engine.train(0, 20, rank, ranks, before_step=count)
         count(20)
+        check_planned(engine, sent, rank, case)
         # what one process does, in the same precision and parameter groups
         error = deviation(engine.parameters(), expected(kind, method, clip, delay))
         bound = BFLOAT16_BOUND if "bf16" in kind.name else BOUNDS[kind.precision(clip)]
@@ -77,6 +87,58 @@ def counted(engine: Engine) -> dict[str, int]:
     assert optimizer._assembly is not None
     transports = {id(t): t for t in (optimizer._transport, optimizer._assembly.transport)}.values()
     return {kind: sum(transport.calls[kind] for transport in transports) for kind in ("all_reduce", "all_to_all")}
+
+
+def bytes_sent(engine: Engine) -> Counter[str]:
+    """Bytes that this rank has given to others so far, by purpose."""
+    optimizer = engine.optimizer
+    if optimizer._assembly is None:
+        return Counter()
+    transports = {id(t): t for t in (optimizer._transport, optimizer._assembly.transport)}.values()
+    return sum((Counter(transport.sent) for transport in transports), Counter())
+
+
+def planner(engine: Engine) -> tuple[SecondOrderOptimizer, Plan] | None:
+    """The same plan, by one process that has no process group and no numbers; None for layouts it does not know."""
+    name, ranks = type(engine).name, dist.get_world_size()
+    known = {**{f"zero-{stage}": f"zero{stage}" for stage in (1, 2, 3)}, "zero-3-sub-groups": "zero3"}
+    known |= {"zero-2-one-group": "zero2", "zero-3-one-group": "zero3", "fsdp1-shard-grad-op": "fsdp1"}
+    known |= {same: same for same in ("ddp", "fsdp1", "fsdp2", "hsdp")}
+    if name not in known:
+        return None
+    how: dict[str, object] = {}
+    if name == "hsdp":
+        how["shard_size"] = ranks // 2
+    if name == "zero-3-sub-groups":
+        how["sub_group_size"] = 225
+    if known[name] == "fsdp1":
+        how["units"] = ["first", "second", "frozen"]
+    with torch.device("meta"):
+        model = make_model(engine.dtype)
+    groups = engine.groups(model)
+    optimizer = make_optimizer(model if groups is None else groups, engine.given)
+    optimizer.remember(model)
+    return optimizer, optimizer.plan_elsewhere(known[name], ranks, **how)
+
+
+def check_planned(engine: Engine, sent: list[Counter[str]], rank: int, case: str) -> None:
+    """The planner's table, plan and bytes are those of the run: over two intervals, when all roots are in."""
+    found = planner(engine)
+    if found is None:
+        return
+    optimizer, plan = found
+    own = engine.optimizer._plan
+    assert own is not None
+    assert plan.table == own.table, case
+    assert plan.units == own.units and plan.buckets == own.buckets, case
+    assert [p.chain for p in plan.parameters] == [p.chain for p in own.parameters], case
+    expected: Counter[str] = Counter()
+    for flow in flows(optimizer, plan, without_gradient=("unused.weight", "unused.bias")):
+        expected[flow.purpose] += int(flow.bytes[rank]) * (2 if flow.when == INTERVAL else 8)
+    made = sent[20] - sent[12]
+    assert made or len(plan.table.shard) == 1, case
+    assert made == +expected, (case, rank, dict(made), dict(expected))
+    optimizer.close()
 
 
 def check_memory(engine: Engine, rank: int, case: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from lightning_soo.placement.assignment import assign_near
 from lightning_soo.placement.blocks import BlockRules
 from lightning_soo.placement.boxes import decompose, flat_span, pieces, slices, volume
-from lightning_soo.placement.exchange import Traveller, fill_buckets
+from lightning_soo.placement.exchange import Parts, Traveller, fill_buckets
 from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import build_plan
+from lightning_soo.placement.uncut import largest_uncut_dim
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
 
@@ -91,7 +93,7 @@ def test_every_cut_block_arrives_whole(sizes: list[tuple[int, int]], cuts: list[
         assert bucket.largest_bytes <= limit or len(bucket.travellers) == 1
         for traveller in bucket.travellers:
             unit = plan.units[traveller.unit]
-            assert sum(traveller.counts) == math.prod(unit.block.shape)
+            assert sum(traveller.counts.values()) == math.prod(unit.block.shape)
     for unit in plan.units:
         parameter = int(unit.block.parameter[1:])
         first, last = flat_span(unit.block.merged_shape, unit.block.ranges)
@@ -102,6 +104,26 @@ def test_every_cut_block_arrives_whole(sizes: list[tuple[int, int]], cuts: list[
         ]
         assert unit.place.travels == (not holders)
         assert not holders or unit.homes == (holders[0],)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4),
+    st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    st.integers(2, 6),
+    st.sampled_from(["none", "kernel", "all"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_largest_blocks_that_nobody_cuts(
+    sizes: list[tuple[int, ...]], cuts: list[float], ranks: int, merge: str
+) -> None:
+    """Against plans of every size."""
+    specs = [ParameterSpec(name=f"p{index}", shape=shape) for index, shape in enumerate(sizes)]
+    table = cut_everywhere([math.prod(shape) for shape in sizes], cuts, ranks)
+    rules = BlockRules(max_preconditioner_dim=64, merge_dims=merge, precondition_1d=True)
+    smaller = [replace(rules, max_preconditioner_dim=size) for size in (32, 16)]
+    plans = [build_plan(specs, each, table=table) for each in smaller]
+    expected = next((size for size, plan in zip((32, 16), plans, strict=True) if not any(plan.buckets.values())), None)
+    assert largest_uncut_dim(specs, rules, [], table) == expected
 
 
 def test_a_thousand_ranks() -> None:
@@ -149,7 +171,7 @@ def test_buckets_keep_dtypes_apart() -> None:
             box=((0, 4),),
             home=0,
             dtype=dtype,
-            parts=((((0, 2),),), (((2, 4),),)),
+            parts=Parts({0: (((0, 2),),), 1: (((2, 4),),)}),
         )
 
     dtypes = [torch.float32, torch.float32, torch.bfloat16]

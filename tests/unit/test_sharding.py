@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from lightning_soo.placement.wrapping import modules_to_shard
 from lightning_soo.strategies.fsdp2 import make_mesh
-from lightning_soo.strategies.sharding import modules_to_shard
 
 
 class Block(nn.Module):

@@ -1,0 +1,266 @@
+"""A plan's figures as a table for people, as plain data for programs, and what to change where it cannot work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lightning_soo.optim.planned import PlannedOptimizer
+from lightning_soo.placement.assignment import TOLERANCE
+from lightning_soo.placement.blocks import BlockRules, partition
+from lightning_soo.placement.costs import refresh_milliseconds
+from lightning_soo.placement.overrides import ParameterSpec, resolve
+from lightning_soo.placement.table import format_bytes, plan_table
+from lightning_soo.planning.estimates import ByRank, Estimate, is_sequential, refresh_seconds, worker_cores
+from lightning_soo.planning.machine import Machine
+from lightning_soo.planning.traffic import INTERVAL, STATISTICS, STEP
+
+_SMALLEST_DIM = 64
+# a rank's statistics above this multiple of the mean, because of one parameter, are worth a word
+_UNEVEN = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that ``lightning-soo plan`` says.
+
+    Attributes:
+        engine: name for the table.
+        step_seconds: of the first-order run; None where it was not given.
+    """
+
+    optimizer: PlannedOptimizer
+    found: Estimate
+    machine: Machine
+    engine: str
+    step_seconds: float | None = None
+
+    def seconds(self) -> dict[str, float]:
+        """Of a step on the slowest rank, by what it does, with the wait for refreshes where there is one."""
+        parts = self.found.seconds(self.machine)
+        slowest = int(np.argmax(sum(parts.values(), np.zeros(self.found.plan.ranks))))
+        times = {name: float(values[slowest]) for name, values in parts.items()}
+        return {**times, "waiting for refreshes": self._wait(sum(times.values()))}
+
+    def _core_seconds(self) -> float:
+        """Of an interval's refreshes on the slowest rank."""
+        return float(refresh_seconds(self.found, self.machine).max())
+
+    def _wait(self, optimizer_seconds: float) -> float:
+        """Seconds of a step that wait for roots."""
+        needed = self._core_seconds() / worker_cores(self.optimizer, self.machine) / self.found.interval
+        if is_sequential(self.optimizer) or self.step_seconds is None:
+            return needed if is_sequential(self.optimizer) else 0.0
+        return max(0.0, needed - self.step_seconds - optimizer_seconds)
+
+    def warnings(self) -> list[str]:
+        """What cannot work, with the option to change and a value that is enough."""
+        return [*self._late(), *self._uneven()]
+
+    def _late(self) -> list[str]:
+        if self.step_seconds is None or is_sequential(self.optimizer) or not self.found.plan.units:
+            return []
+        # the optimizer's own time would be room as well: what is said to be enough is enough without it
+        step, interval = self.step_seconds, self.found.interval
+        needed, cores = self._core_seconds(), worker_cores(self.optimizer, self.machine)
+        if needed <= interval * step * cores:
+            return []
+        ways = [
+            f"precondition_frequency={math.ceil(needed / (step * cores))}",
+            f"workers={{'kind': 'process', 'count': {math.ceil(needed / (interval * step))}}} on as many cores of each "
+            "rank (--cores)",
+        ]
+        smaller = self._smaller_dim(interval * step * cores)
+        if smaller is not None:
+            ways.append(f"max_preconditioner_dim={smaller}")
+        return [
+            f"refreshes cannot keep up: the slowest rank needs {needed:.3g} core-seconds in an interval of {interval} "
+            f"steps, which has {interval * step * cores:.3g} ({interval} x {step:.3g} s x {cores:g} cores). Enough "
+            f"would be {', or '.join(ways)}"
+        ]
+
+    def _smaller_dim(self, core_seconds: float) -> int | None:
+        """The largest halved block size with which a rank's refreshes take no more, a balance of 1.05 allowed for."""
+        options, plan = self.optimizer.options, self.found.plan
+        if plan.adds_up:
+            return None  # layers are not cut by size
+        specs = [parameter.spec for parameter in plan.parameters]
+        slower = Machine.core_rate / self.machine.core_rate
+        size = options.max_preconditioner_dim // 2
+        while size >= _SMALLEST_DIM:
+            rules = replace(options.block_rules, max_preconditioner_dim=size)
+            total = slower * self._refresh_milliseconds(specs, rules) / 1000
+            if TOLERANCE * total / plan.ranks <= core_seconds:
+                return size
+            size //= 2
+        return None
+
+    def _refresh_milliseconds(self, specs: Sequence[ParameterSpec], rules: BlockRules) -> float:
+        known: dict[tuple[object, ...], float] = {}
+        total = 0.0
+        for spec, (method, own) in zip(specs, resolve(specs, rules, self.optimizer.options.overrides), strict=True):
+            if method == "none" or not spec.requires_grad:
+                continue
+            if (spec.shape, own) not in known:
+                known[spec.shape, own] = sum(map(refresh_milliseconds, partition(spec.name, spec.shape, own)[0]))
+            total += known[spec.shape, own]
+        return total
+
+    def _uneven(self) -> list[str]:
+        plan, statistics = self.found.plan, self.found.statistics_flops
+        if plan.ranks == 1 or not statistics.any() or statistics.max() <= _UNEVEN * statistics.mean():
+            return []
+        rank = int(np.argmax(statistics))
+        unit = max(
+            (unit for unit in plan.units if unit.place.keeper == rank), key=lambda unit: math.prod(unit.block.shape)
+        )
+        name = unit.block.parameter
+        return [
+            f"statistics are uneven: rank {rank} has {statistics.max() / statistics.mean():.1f} times the mean, "
+            f"because a block of {name} is {'x'.join(map(str, unit.block.shape))} and is not divided. "
+            f"overrides=[{{'match': {name!r}, 'method': 'none'}}] leaves it to the graft"
+        ]
+
+    def data(self) -> dict[str, Any]:
+        """All figures as plain data; bytes, flops and seconds."""
+        plan, found = self.found.plan, self.found
+        per_step = plan.collectives_per_step(observes=True, grafts=self.optimizer.options.grafting is not None)
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        core = refresh_seconds(found, self.machine)
+        return {
+            "engine": self.engine,
+            "method": self.optimizer.method,
+            "world_size": plan.ranks,
+            "shard_size": plan.table.shards,
+            "parameters": sum(math.prod(parameter.spec.shape) for parameter in plan.parameters),
+            "blocks": len(plan.units),
+            "preconditioned_share": plan.preconditioned_share,
+            "memory": {name: _both(values) for name, values in self._memory().items()},
+            "refresh": {
+                "interval": found.interval,
+                "flops_per_interval": _both(found.refresh_flops),
+                "core_seconds_per_interval": _both(core),
+                "core_seconds_per_step": _both(core / found.interval),
+                "balance": plan.balance,
+                "least_balance": plan.least_balance,
+            },
+            "flops_per_step": {
+                "statistics": None if plan.adds_up else _both(found.statistics_flops / found.statistics_frequency),
+                "directions": _both(found.apply_flops),
+            },
+            "bytes": [
+                {
+                    "purpose": flow.purpose,
+                    "axis": flow.axis,
+                    "when": flow.when,
+                    **_both(flow.bytes),
+                    "collectives": flow.collectives,
+                }
+                for flow in found.flows
+            ],
+            "collectives_per_step": {
+                "all_reduce": per_step["all_reduce"],
+                "all_to_all": per_step["all_to_all"],
+            }
+            if plan.units
+            else {},
+            "seconds_per_step": {**seconds, "total": total},
+            "step_seconds": self.step_seconds,
+            "overhead": total / self.step_seconds if self.step_seconds else None,
+            "machine": vars(self.machine),
+            "warnings": self.warnings(),
+        }
+
+    def _memory(self) -> dict[str, ByRank]:
+        parts = dict(self.found.memory)
+        return {**parts, "total": sum(parts.values(), np.zeros(self.found.plan.ranks))}
+
+    def text(self) -> str:
+        """The same in words, with the plan's table."""
+        options, plan, found = self.optimizer.options, self.found.plan, self.found
+        lines = [
+            plan_table(plan, engine=self.engine, method=self.optimizer.method, graft=options.fallback or "sgd"),
+            *([self.optimizer.without_traffic(plan)] if plan.exchange_bytes else []),
+            "",
+            f"{self.optimizer.method} on {plan.ranks} rank{'s' * (plan.ranks > 1)}, {self.engine}"
+            + (f", {plan.table.shards} to a copy of the model" if 1 < plan.table.shards < plan.ranks else ""),
+            "",
+            *_table(("memory of a rank", "largest", "mean"), self._memory_rows()),
+        ]
+        if plan.units:
+            lines += ["", *self._refresh_lines()]
+        if found.flows:
+            lines += ["", *_table(("sent by a rank", "axis", "when", "largest", "collectives"), self._flow_rows())]
+        lines += ["", *self._second_lines()]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings())])
+
+    def _memory_rows(self) -> list[tuple[str, ...]]:
+        rows = [
+            (name, *(format_bytes(round(v)) for v in _both(values).values())) for name, values in self._memory().items()
+        ]
+        return [row for row in rows if row[1] != "0 B"]
+
+    def _refresh_lines(self) -> list[str]:
+        plan, found = self.found.plan, self.found
+        core = refresh_seconds(found, self.machine)
+        flops = "from activations, not counted" if plan.adds_up else _flops(found.statistics_flops.max())
+        return [
+            f"refreshes, every {found.interval} steps: {_flops(found.refresh_flops.max())} (float64) and "
+            f"{core.max():.3g} core-seconds on the slowest rank, {core.max() / found.interval:.3g} for a step; mean "
+            f"{core.mean():.3g}",
+            f"balance of refreshes: {plan.balance:.3f} times the mean; no plan has less than {plan.least_balance:.3f}",
+            f"products of a step: statistics {flops} every {found.statistics_frequency} steps, directions "
+            f"{_flops(found.apply_flops.max())}",
+        ]
+
+    def _flow_rows(self) -> list[tuple[str, ...]]:
+        when = {
+            STEP: "step",
+            STATISTICS: f"every {self.found.statistics_frequency} steps"
+            if self.found.statistics_frequency > 1
+            else "step",
+            INTERVAL: f"{self.found.interval} steps",
+        }
+        return [
+            (flow.purpose, flow.axis, when[flow.when], format_bytes(int(flow.bytes.max())), str(flow.collectives))
+            for flow in self.found.flows
+        ]
+
+    def _second_lines(self) -> list[str]:
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        parts = ", ".join(f"{name} {1000 * value:.3g}" for name, value in seconds.items() if value)
+        lines = [f"predicted optimizer step: {1000 * total:.3g} ms ({parts})"]
+        if self.step_seconds:
+            lines.append(
+                f"that is {total / self.step_seconds:.1%} of a first-order step of {self.step_seconds:g} s, "
+                "whose own optimizer's share is not taken off"
+            )
+        elif self.found.plan.units and not is_sequential(self.optimizer):
+            least = self._core_seconds() / worker_cores(self.optimizer, self.machine) / self.found.interval
+            lines.append(f"refreshes keep up with steps of {least:.3g} s or more (--step-seconds)")
+        return lines
+
+
+def _both(values: Any) -> dict[str, float]:
+    return {"largest": float(values.max()), "mean": float(values.mean())}
+
+
+def _flops(count: float) -> str:
+    power = min(int(math.log10(max(count, 1.0))) // 3, 5)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}flop"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines

@@ -1,0 +1,204 @@
+"""Plans for machines that are not here: hand counts, the balance of large models, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_soo import KFAC, Shampoo, SONew
+from lightning_soo.cli import _parser, main
+from lightning_soo.placement.overrides import ParameterSpec
+from lightning_soo.placement.simulated import simulate
+from lightning_soo.placement.wrapping import modules_to_shard
+from lightning_soo.planning.command import make_report
+from lightning_soo.planning.estimates import estimate
+from lightning_soo.planning.machine import Machine, measured
+from lightning_soo.planning.models import build_model, layer_classes
+from lightning_soo.planning.report import Report
+from lightning_soo.planning.traffic import flows
+
+PLANS = Path(__file__).parent.parent.parent / "recipes" / "plans"
+HERE = f"{__name__}:two_layers"
+
+
+def two_layers(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.Linear(width, 2, bias=False))
+
+
+def report(*arguments: str, model: str = HERE) -> Report:
+    return make_report(_parser().parse_args(["plan", "--model", model, *arguments]))
+
+
+@functools.cache
+def llama(size: str) -> nn.Module:
+    pytest.importorskip("transformers")
+    return build_model(str(PLANS / f"llama3_{size}.json"))
+
+
+@pytest.mark.parametrize(("size", "numel"), [("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+@pytest.mark.parametrize("ranks", [8, 64, 512, 1024])
+def test_balance_of_large_models(size: str, numel: int, ranks: int) -> None:
+    model = llama(size)
+    assert sum(parameter.numel() for parameter in model.parameters()) == numel
+    optimizer = Shampoo(model)
+    for engine, how in {"ddp": {}, "fsdp2": {}, "hsdp": {"shard_size": 8}}.items():
+        plan = optimizer.plan_elsewhere(engine, ranks, **how)
+        assert plan.balance <= max(1.05, 1.05 * plan.least_balance), (engine, plan.balance, plan.least_balance)
+        # no bound beyond what equal blocks explain: an order of 1024 costs as much as any other
+        costs = sorted((unit.place.milliseconds for unit in plan.units), reverse=True)
+        dear = costs[0] * math.ceil(sum(costs) / ranks / costs[0])
+        assert plan.least_balance <= max(1.0, dear / (sum(costs) / ranks)) * 1.5
+        assert all(0 <= unit.refresher < ranks for unit in plan.units)
+
+
+@pytest.mark.parametrize(("name", "size"), [("8b", 2048), ("8b", 4096), ("70b", 4096)])
+def test_balance_of_larger_blocks(name: str, size: int) -> None:
+    optimizer = Shampoo(llama(name), max_preconditioner_dim=size)
+    for ranks in (64, 1024):
+        plan = optimizer.plan_elsewhere("fsdp2", ranks)
+        assert plan.balance <= max(1.05, 1.05 * plan.least_balance)
+
+
+def test_memory_and_work_by_hand() -> None:
+    """6 x 4 with a bias, and 4 x 2: orders 4 and 6, 2 and 4; moments of Adam; nothing travels on one rank."""
+    found = estimate(Shampoo(two_layers()), Shampoo(two_layers()).plan_elsewhere("single", 1))
+    assert {name: values.tolist() for name, values in found.memory.items()} == {
+        "parameters": [4 * 36],
+        "moments": [8 * 36],
+        "statistics": [4 * (16 + 36 + 4 + 16)],
+        "roots": [4 * (16 + 36 + 4 + 16)],
+        "exchange buffers": [0],
+        "scratch": [4 * 24],
+    }
+    assert found.statistics_flops.tolist() == found.apply_flops.tolist() == [2 * 24 * 10 + 2 * 8 * 6]
+    assert found.flows == ()
+
+
+def test_bytes_by_hand_under_two_shards() -> None:
+    """Rows 0-1 and 2-3 of the first weight, row 0 and row 1 of the second, on two ranks; every block is cut."""
+    optimizer = Shampoo(two_layers(), grafting="adam")
+    plan = optimizer.plan_elsewhere("fsdp2", 2)
+    assert plan.table.ranges == (((0, 12), (0, 2), (0, 4)), ((12, 24), (2, 4), (4, 8)))
+    found = {(flow.purpose, flow.when): flow for flow in flows(optimizer, plan)}
+    assert found["the flags", "step"].bytes.tolist() == [8 * 4] * 2
+    assert found["the norms", "step"].bytes.tolist() == [8 * 4] * 2
+    homes = [unit.homes[0] for unit in plan.units]
+    assert sorted(homes) == [0, 1]
+    for rank in (0, 1):  # the half that belongs to the block of the other rank
+        there = 4 * (12 if homes[0] != rank else 4)
+        assert found["the gradients of cut blocks", "statistics"].bytes[rank] == there
+        assert found["the directions of cut blocks", "step"].bytes[rank] == 4 * (12 if homes[0] == rank else 4)
+
+
+def test_fsdp1_flattens_units_with_alignment() -> None:
+    """Float32 aligned to four elements: 3, one of padding, 6; ten and two of padding divided by three."""
+    specs = [ParameterSpec(name="a.weight", shape=(3,)), ParameterSpec(name="a.bias", shape=(2, 3))]
+    table = simulate("fsdp1", specs, ranks=3, units=["a"]).table
+    assert table.ranges == (((0, 3), (0, 0)), ((0, 0), (0, 4)), ((0, 0), (4, 6)))
+
+
+def test_zero_leaves_frozen_parameters_and_steps_in_parts() -> None:
+    specs = [
+        ParameterSpec(name="a", shape=(5,), dtype=torch.bfloat16),
+        ParameterSpec(name="b", shape=(4,), requires_grad=False),
+        ParameterSpec(name="c", shape=(7,)),
+    ]
+    found = simulate("zero3", specs, ranks=2, sub_group_size=3)
+    assert [(spec.name, spec.part, spec.dtype) for spec in found.specs] == [
+        ("a", 0, torch.float32),
+        ("c", 1, torch.float32),
+    ]
+    assert found.table.ranges == (((0, 3), (0, 4)), ((3, 5), (4, 7)))
+    # twelve elements, a multiple of two for each of two ranks
+    assert simulate("zero1", specs, ranks=2).table.ranges == (((0, 5), (0, 1)), ((0, 0), (1, 7)))
+
+
+def test_layers_and_chains_are_planned_too() -> None:
+    sonew = SONew(two_layers())
+    found = estimate(sonew, sonew.plan_elsewhere("fsdp2", 2))
+    assert found.memory["statistics"].tolist() == [2 * 4 * 18] * 2  # two bands
+    kfac = KFAC(two_layers())
+    plan = kfac.plan_elsewhere("ddp", 4)
+    assert [unit.block.orders for unit in plan.units] == [(4, 7), (2, 4)]
+    factors = next(flow for flow in flows(kfac, plan) if flow.purpose == "the factors")
+    assert factors.when == "statistics" and factors.bytes.max() > 0
+
+
+def test_every_way_out_of_late_refreshes_is_enough() -> None:
+    common = ("--world-size", "2", "--cores", "1", "--model-options", '{"width": 512}', "--step-seconds")
+    late = report("method=shampoo,precondition_frequency=5", *common, "2e-3")
+    (text,) = [warning for warning in late.warnings() if "cannot keep up" in warning]
+    data = late.data()["refresh"]["core_seconds_per_interval"]["largest"]
+    frequency = math.ceil(data / 2e-3)
+    assert f"precondition_frequency={frequency}" in text
+    workers = math.ceil(data / (5 * 2e-3))
+    assert f"'count': {workers}" in text
+    size = int(text.split("max_preconditioner_dim=")[1])
+    enough = [
+        (f"precondition_frequency={frequency}", "1"),
+        (f"precondition_frequency=5,workers={{kind: process, count: {workers}}}", str(workers)),
+        (f"precondition_frequency=5,max_preconditioner_dim={size}", "1"),
+    ]
+    for line, cores in enough:
+        changed = report(f"method=shampoo,{line}", *common, "2e-3", "--cores", cores)
+        assert not any("cannot keep up" in warning for warning in changed.warnings()), line
+    assert not report("method=shampoo,precondition_frequency=5", *common, "10").warnings()
+
+
+def test_the_command_prints_tables_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", HERE, "--world-size", "8", "--engine", "hsdp", "--shard-size", "2"]
+    assert main([*arguments, "--step-seconds", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "balance of refreshes" in text and "replicate" in text and "of a first-order step of 0.5 s" in text
+    assert main([*arguments, "--json", "--method", "soap"]) == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (data["world_size"], data["shard_size"], data["method"]) == (8, 2, "soap")
+    memory = data["memory"]
+    total = memory.pop("total")["mean"]
+    assert total == pytest.approx(sum(values["mean"] for values in memory.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama"], "'lama' is no folder, no file and no model type of Transformers"),
+        (["--model", "nowhere/config.json"], "there is no such file or folder"),
+        (["--model", f"{__name__}:two_leyers"], "has no 'two_leyers'; did you mean 'two_layers'?"),
+        (["--model", "llama", "--model-options", '{"hiden_size": 3}'], "did you mean 'hidden_size'?"),
+        (["--model", HERE, "--world-size", "6", "--engine", "hsdp"], "how many ranks share one copy"),
+        (["--model", HERE, "--world-size", "6", "--engine", "hsdp", "--shard-size", "4"], "no multiple"),
+        (["--model", HERE, "--engine", "fsdp2", "--shard-size", "1"], "'hsdp' and 'fsdp1' have"),
+        (["--model", HERE, "--flops", "0"], "flops=0.0: must be above 0"),
+        (["--model", HERE, "method=shampoo", "--method", "soap"], "says method='shampoo'"),
+    ],
+)
+def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert main(["plan", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_models_without_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    small = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 11}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    model = build_model(str(tmp_path), {"num_hidden_layers": 3}, torch.bfloat16)
+    named = dict(model.named_parameters())
+    assert "lm_head.weight" not in named and "model.layers.2.mlp.up_proj.weight" in named  # tied, and one layer more
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in named.values())
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
+    assert modules_to_shard(model, layer_classes(model)) == [f"model.layers.{index}" for index in (2, 1, 0)]
+
+
+def test_rates_of_this_machine_replace_those_given() -> None:
+    found = measured(Machine(latency=1.0))
+    assert found.latency == 1.0 and found.shard_bandwidth == Machine().shard_bandwidth
+    assert 1e8 < found.flops < 1e13 and 1e8 < found.core_rate < 1e12 and found.memory_bandwidth > 1e8
