@@ -115,7 +115,8 @@ def measure_run(task: str, engine: str, settings: str) -> tuple[float, float, Ma
     optimizer.attach(net)
     gradients = [[torch.randn_like(p) for p in net.parameters()] for _ in range(3)]
     quiet, busy = [], []
-    dtype = optimizer.options.root_dtype(torch.float32)
+    chosen = optimizer.options.compute_dtype
+    dtype = chosen if isinstance(chosen, torch.dtype) else torch.float32
     before = rates(dtype)
     for step in range(1, STEPS + 1):
         for parameter, gradient in zip(net.parameters(), gradients[step % 3], strict=True):

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# below this the rounding is not worth it; processors with such instructions reach 2 to 16, those without stay below 1
+MUCH_FASTER = 1.5
 _ORDER = 512
 _REPEATS = 4
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_soo.checkpoint.block_store import BlockStore
-from lightning_soo.linalg.product_rates import bfloat16_gain
+from lightning_soo.linalg.product_rates import MUCH_FASTER, bfloat16_gain
 from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
@@ -36,9 +36,6 @@ from lightning_soo.refresh.background import Background
 from lightning_soo.refresh.executors import Executor
 from lightning_soo.refresh.workers import Machine, make_executor
 from lightning_soo.transport import Transport, agree, entries_of
-
-# below this the rounding is not worth it; processors with such instructions reach 2 to 16, those without stay below 1
-_MUCH_FASTER = 1.5
 
 
 class PlannedOptimizer(torch.optim.Optimizer):
@@ -131,17 +128,19 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._install_plan(plan, layout)
         return plan
 
-    def plan_elsewhere(self, engine: str, ranks: int, **how: Any) -> Plan:
+    def plan_elsewhere(self, engine: str, ranks: int, *, fast_bfloat16: bool | None = None, **how: Any) -> Plan:
         """The plan that :meth:`attach` would build under another engine and number of ranks. Local.
 
         The parameters may be on the meta device: only names, shapes and dtypes are looked at.
 
         Args:
             engine, ranks, how: of :func:`lightning_soo.placement.simulated.simulate`.
+            fast_bfloat16: what ``compute_dtype="auto"`` is to find there; None is measured here.
 
         Raises:
             ValueError: nothing to precondition, an override that matches nothing, ranks that cannot be divided so.
         """
+        self._fast_bfloat16 = fast_bfloat16
         layout = self._read_layout()
         found = simulate(engine, layout.specs, ranks=ranks, groups=layout.groups, **how)
         return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
@@ -205,16 +204,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
         roots = sum(math.prod(layout.shape) for layout in kind.root_layouts(block))
         statistics = sum(math.prod(layout.shape) for layout in kind.statistics_layouts(block))
         moments = math.prod(block.shape) * size if kind.needs_gradient else 0
-        dtype = self.options.root_dtype(spec.dtype, block, fast_bfloat16=self._has_fast_bfloat16())
-        return roots * dtype.itemsize, statistics * size, moments
+        return roots * self.root_dtype(spec.dtype, block).itemsize, statistics * size, moments
+
+    def root_dtype(self, parameter_dtype: torch.dtype, block: Block) -> torch.dtype:
+        """Of a block's roots and products; what ``compute_dtype="auto"`` chooses here. Local once attached."""
+        return self.options.root_dtype(parameter_dtype, block, fast_bfloat16=self._has_fast_bfloat16())
 
     def _has_fast_bfloat16(self) -> bool:
-        """Whether ``compute_dtype="auto"`` is bfloat16 here; what all ranks agreed on, once they are connected."""
+        """Whether ``compute_dtype="auto"`` is bfloat16 here; what all ranks agreed on, once they are connected.
+
+        Parameters on the meta device are planned for accelerators, which all have it.
+        """
         if self.options.compute_dtype != AUTOMATIC:
             return False
         if self._fast_bfloat16 is None:
             devices = {to_local(p).device.type for group in self._groups() for p in group["params"]} - {"meta"}
-            slow = not devices or any(bfloat16_gain(device) < _MUCH_FASTER for device in devices)
+            slow = any(bfloat16_gain(device) < MUCH_FASTER for device in devices)
             agreed = self._transport.largest(torch.tensor([float(slow)]), "the rates of products")
             self._fast_bfloat16 = not agreed.item()
         return self._fast_bfloat16

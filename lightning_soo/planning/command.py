@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from lightning_soo.config import Config, from_config, load_config
+from lightning_soo.linalg.product_rates import MUCH_FASTER, bfloat16_gain
 from lightning_soo.optim.options import parse_dtype
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.takeover import METHODS
+from lightning_soo.placement.costs import product_flops
+from lightning_soo.placement.plan import Plan
 from lightning_soo.placement.simulated import ENGINES
 from lightning_soo.placement.wrapping import modules_to_shard
 from lightning_soo.planning.estimates import estimate
@@ -65,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     )
     parser.add_argument("--latency", type=float, default=default.latency, help="of a collective, s (%(default).3g)")
     parser.add_argument("--operation", type=float, default=default.operation, help="of a kernel, s (%(default).3g)")
+    parser.add_argument(
+        "--slow-bfloat16",
+        action="store_true",
+        help="products are no faster in bfloat16: compute_dtype='auto' is float32",
+    )
     parser.add_argument("--measure", action="store_true", help="take products, cores and memory of this machine's CPU")
     parser.add_argument("--json", action="store_true", help="plain data in place of tables")
     parser.set_defaults(run=run)
@@ -91,11 +99,12 @@ def make_report(given: argparse.Namespace) -> Report:
         how["units"] = modules_to_shard(model, given.wrap or layer_classes(model))
     elif given.wrap:
         raise ValueError(f"--wrap {' '.join(given.wrap)}: engine {engine!r} does not wrap modules; 'fsdp1' does")
-    plan = optimizer.plan_elsewhere(engine, given.world_size, **how)
+    fast = not given.slow_bfloat16 and (not given.measure or bfloat16_gain("cpu") >= MUCH_FASTER)
+    plan = optimizer.plan_elsewhere(engine, given.world_size, fast_bfloat16=fast, **how)
     return Report(
         optimizer=optimizer,
         found=estimate(optimizer, plan),
-        machine=_machine(given, optimizer),
+        machine=_machine(given, optimizer, plan),
         engine=engine,
         step_seconds=given.step_seconds,
     )
@@ -122,7 +131,7 @@ def _config(given: argparse.Namespace) -> Config:
     return config
 
 
-def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer) -> Machine:
+def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer, plan: Plan) -> Machine:
     if len(given.bandwidth) > 2:
         raise ValueError(f"--bandwidth: one or two numbers, not {len(given.bandwidth)}")
     if given.step_seconds is not None and not given.step_seconds > 0:
@@ -139,5 +148,8 @@ def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer) -> Machine:
         operation=given.operation,
     )
     if given.measure:
-        return measured(machine, optimizer.options.root_dtype(parse_dtype(given.dtype) or torch.float32))
+        # of the block with the most work
+        largest = max(plan.units, key=lambda unit: product_flops(unit.block), default=None)
+        dtype = parse_dtype(given.dtype) or torch.float32
+        return measured(machine, optimizer.root_dtype(dtype, largest.block) if largest else dtype)
     return machine

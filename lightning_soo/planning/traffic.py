@@ -235,7 +235,7 @@ class Counting:
     def _message(self, unit: Unit) -> tuple[int, int]:
         """Bytes of an outcome with its roots, and without."""
         layouts = self._optimizer.block_class.root_layouts(unit.block)
-        dtype = self._options.root_dtype(self._parameters[unit.block.parameter].spec.dtype)
+        dtype = self._optimizer.root_dtype(self._parameters[unit.block.parameter].spec.dtype, unit.block)
         if (layouts, dtype) not in self._messages:
             sizes = message_size(layouts, dtype), message_size(layouts, dtype, with_roots=False)
             self._messages[layouts, dtype] = sizes
