@@ -16,6 +16,10 @@ from lightning_soo.refresh.workers import WorkerOptions
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
+# Roots of four gradients and fewer end a short run worse, later ones leave more steps to the graft alone
+# (benchmarks/NOTES.md)
+_START = 5
+
 
 class Shampoo(SecondOrderOptimizer):
     """Shampoo with grafting, blocking, and roots computed beside training.
@@ -38,7 +42,8 @@ class Shampoo(SecondOrderOptimizer):
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
-            short and grows, since stale roots cost progress early: the default is 10, 15, 22 and so on up to 100.
+            short and grows, since stale roots cost progress early: the default is 20, 24, 29 and so on up to 100, after
+            400 steps.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
             executor; 0 is synchronous. None is a quarter of the interval (while it grows, of the one around that
             step), except for the very first refresh, which is used at once: until then the graft alone moves.
@@ -47,8 +52,9 @@ class Shampoo(SecondOrderOptimizer):
         statistics_frequency: steps between two updates of the statistics; None is a tenth of ``precondition_frequency``
             (while it grows, of the interval around the step), at most 10. The last eight steps before the first refresh
             are all observed, so that the first roots have seen a handful of gradients.
-        start_preconditioning_step: step of the first refresh of all blocks; None is the (first) interval. Until the
-            first roots are in, the graft alone moves.
+        start_preconditioning_step: step of the first refresh of all blocks; None is 5, or the first interval where that
+            is shorter. Until the first roots are in, the graft alone moves, and what a large learning rate does then is
+            not made good later.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
         merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``); ``"all"`` (dimensions of size one
             dropped, merged from the right while the product is at most ``max_preconditioner_dim``). Dimensions of size
@@ -120,11 +126,14 @@ class Shampoo(SecondOrderOptimizer):
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:
+        interval = Interval.parse(precondition_frequency)
+        if start_preconditioning_step is None:
+            start_preconditioning_step = min(_START, interval.first)
         options = ShampooOptions.parse(
             preconditioner_eps=preconditioner_eps,
             relative_eps=relative_eps,
             use_bias_correction=use_bias_correction,
-            precondition_frequency=precondition_frequency,
+            precondition_frequency=interval,
             refresh_delay=refresh_delay,
             stagger=stagger,
             gather_frequency=gather_frequency,

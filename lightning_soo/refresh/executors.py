@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from typing import Protocol
@@ -118,9 +118,12 @@ class ThreadExecutor:
 
     def result(self, key: Hashable) -> JobResult:
         future, job = self._pending.pop(key)
-        for item in sorted(self._waiting, key=lambda item: -item[1].cost):  # the longest first: all end together
-            self._queue.put(item)
-        self._waiting.clear()
+        if self._waiting:
+            started = sorted(self._waiting, key=lambda item: -item[1].cost)  # the longest first: all end together
+            self._waiting = []
+            for item in started:
+                self._queue.put(item)
+            wait([each for each, _ in started], timeout=self._deadline)  # of all: none is left beside training
         try:
             return future.result(timeout=self._deadline)
         except FutureTimeoutError:

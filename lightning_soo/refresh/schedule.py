@@ -15,9 +15,8 @@ from lightning_soo.placement.costs import refresh_milliseconds
 # the first roots are computed from no less, whatever the interval of the statistics: two or three gradients give roots
 # that end a short run far worse (autoencoder of the papers, 48 steps: 187 instead of 141)
 _FIRST_GRADIENTS = 8
-# stale roots cost progress early, when statistics change fast: as good as every 10 steps at a fifth of the refreshes
-# (benchmarks/NOTES.md)
-GROWING: Mapping[str, float] = {"first": 10, "growth": 1.5, "max": 100}
+# stale roots cost progress early, when statistics change fast (benchmarks/NOTES.md)
+GROWING: Mapping[str, float] = {"first": 20, "growth": 1.2, "max": 100}
 
 # as good as every step in all that was measured, at a tenth of the cost
 RAREST_STATISTICS = 10
