@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Contender
-from runs import FOLDER, Lines
+from run_store import FOLDER, Lines
 
 SEEDS = 3  # a seed changes initialisation and order of the data
 ClockedRunner = Callable[[Contender, float, int, int], dict[str, Any]]

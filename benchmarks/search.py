@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from contenders import Contender
-from runs import Point, Store, loss_of
+from run_store import Point, Store, loss_of
 
 Runner = Callable[[Contender, float, int, int], dict[str, Any]]
 STEPS_OF_LADDER = (1.0, 2.0, 3.0, 6.0)

@@ -24,7 +24,7 @@ import torch
 from clock import SEEDS, Clock, Entry
 from contenders import Contender, Unsuited, choose
 from measure import machine, report
-from runs import FOLDER, Point, Store, loss_of
+from run_store import FOLDER, Point, Store, loss_of
 from search import Missing, Search
 from target_report import complete, found_of, picture, tables
 from trained_tasks import TRAINED, trained

@@ -24,7 +24,7 @@ import target_report
 import training
 from clock import Clock
 from contenders import Contender, Unsuited, choose, shampoo, torch_muon
-from runs import Point, Store
+from run_store import Point, Store
 from tasks import Task
 from trained_tasks import TrainedTask
 
