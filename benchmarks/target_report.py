@@ -12,6 +12,7 @@ from contenders import Contender
 from measure import spread
 from search import Missing, Search
 from trained_tasks import TrainedTask
+from training import WARM_UP
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequ
         f"# Time to AdamW's final loss: {task.key}",
         "",
         f"{where}.",
-        f"{task.title[0].upper()}{task.title[1:]}. Warm-up over 5 % of the steps, then linear decay to zero, fitted to "
-        "every horizon; betas (0.9, 0.99).",
+        f"{task.title[0].upper()}{task.title[1:]}. Warm-up over {max(1, round(WARM_UP * task.longest))} steps at every "
+        "horizon, then linear decay to zero, fitted to it; betas (0.9, 0.99).",
         f"Target: {own[0]:.5g}, where AdamW's best run of {longest} steps ends "
         f"(seeds: {', '.join(f'{loss:.5g}' for loss in own)}). Seconds from before the optimizer is made until its "
         "workers are closed; turns of everybody, seeds in turn; median [smallest, largest].",

@@ -24,12 +24,16 @@ from trained_tasks import TrainedTask, trained
 from lightning_soo.optim.refreshing import RefreshError
 
 POINTS = 50  # of a curve
-WARM_UP = 0.05  # of all steps
+WARM_UP = 0.05  # of the longest horizon's steps
 
 
-def factor(step: int, horizon: int) -> float:
-    """Of the learning rate: linear warm-up over a twentieth of the steps, then linear decay to zero."""
-    warm_up = max(1, round(WARM_UP * horizon))
+def factor(step: int, horizon: int, longest: int) -> float:
+    """Of the learning rate: linear warm-up, then linear decay to zero.
+
+    The warm-up is a twentieth of the longest horizon's steps at every horizon: how many steps an optimizer needs before
+    it can take a large learning rate does not depend on how many follow.
+    """
+    warm_up = min(max(1, round(WARM_UP * longest)), max(1, horizon - 1))
     return min(1.0, (step + 1) / warm_up) * min(1.0, (horizon - step) / max(1, horizon - warm_up))
 
 
@@ -72,7 +76,7 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(batches):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor(step, horizon)
+            group["lr"] = rate * factor(step, horizon, task.longest)
         seeded.loss(net, batch).backward()
         try:
             optimizer.step()

@@ -143,7 +143,7 @@ def test_runs_are_the_same_clocked_or_not_and_schedules_end_at_zero() -> None:
         assert [step for step, _ in clocked["times"]] == [step for step, _ in run["curve"]] == training.curve_steps(40)
         seconds = [seconds for _, seconds in clocked["times"]]
         assert seconds == sorted(seconds) and seconds[-1] <= clocked["seconds"]
-    factors = [training.factor(step, 40) for step in range(41)]
+    factors = [training.factor(step, 40, 40) for step in range(41)]
     assert factors[:3] == [0.5, 1.0, 1.0] and factors[40] == 0.0
     assert all(a > b for a, b in itertools.pairwise(factors[2:]))
 
