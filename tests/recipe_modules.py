@@ -31,7 +31,8 @@ def load(recipe: str, *names: str) -> list[ModuleType]:
 def flat(recipe: str) -> Iterator[Callable[[str], ModuleType]]:
     """Import the modules of a recipe by their own names, as its programs do, for as long as this lasts."""
     folder = RECIPES / recipe
-    names = {path.stem for path in folder.glob("*.py")}
+    # Other recipes and the benchmarks have modules of the same names; so has the folder that recipes share.
+    names = {path.stem for part in (folder, RECIPES / "common") for path in part.glob("*.py")}
     path, modules = list(sys.path), {name: sys.modules.pop(name) for name in names & {*sys.modules}}
     sys.path.insert(0, str(folder))
     try:

@@ -5,34 +5,20 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from recipe_modules import load
+from recipe_modules import flat, load
 from torch import nn
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "image_classification"
-
 
 data, model, settings, resnet50, vit = load("image_classification", "data", "model", "settings", "resnet50", "vit")
 
 
 @pytest.fixture
-def on_path(monkeypatch):
-    """The recipe's modules by their own names, which other recipes have too."""
-    before = dict(sys.modules)
-    monkeypatch.syspath_prepend(str(RECIPE))
-    for path in RECIPE.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-    yield importlib.import_module
-    for path in RECIPE.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-        if path.stem in before:
-            sys.modules[path.stem] = before[path.stem]
+def on_path():
+    with flat("image_classification") as module:
+        yield module
 
 
 def some_pictures(count: int = 40, channels: int = 3):

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import itertools
-import sys
 import zipfile
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from recipe_modules import flat
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "click_through"
-
-
-def modules(*names: str) -> list[ModuleType]:
-    """The recipe's modules, which import each other by their short names; other recipes have some of the same."""
-    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
-
-
-examples, criteo, flights, model, auc, presets = modules("examples", "criteo", "flights", "model", "auc", "presets")
+with flat("click_through") as module:
+    examples, criteo, flights, model, auc, presets = map(
+        module, ("examples", "criteo", "flights", "model", "auc", "presets")
+    )
 
 
 def criteo_line(label: str, integers: dict[int, str], categories: dict[int, str]) -> str:

@@ -6,17 +6,13 @@ import argparse
 import gzip
 import pickle
 import struct
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from recipe_modules import load
+from recipe_modules import flat, load
 from torch import nn
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "translation"
-
 
 data, model = load("translation", "data", "model")
 
@@ -146,15 +142,8 @@ def test_attention_is_that_of_torch():
 
 @pytest.fixture(scope="module")
 def train():
-    sys.path.insert(0, str(RECIPE))
-    for name in ("data", "model"):  # other recipes have modules of these names
-        sys.modules.pop(name, None)
-    try:
-        yield load("translation", "train")[0]
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in ("data", "model"):
-            sys.modules.pop(name, None)
+    with flat("translation") as module:
+        yield module("train")
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("paper", 93.3), ("paper-big", 375.4)])
