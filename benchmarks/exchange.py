@@ -10,20 +10,18 @@ matrix whole, and of all roots.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from measure import machine, report
 from tasks import text_gpt
-from world import ENGINES, Training, Watched, answer, start_world
+from world import ENGINES, Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 from lightning_soo.placement.plan import Plan, Unit
@@ -120,17 +118,10 @@ def row(engine: str, ranks: int, found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser = options(__doc__, [2, 4])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--warm-up", type=int, default=3, help="intervals before anything is counted")
     parser.add_argument("--intervals", type=int, default=2, help="that are counted")
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.rank_folder:
-        answer(arguments.rank_folder, work)
-    torch.set_num_threads(1)
+    arguments = parsed(parser, work)
     rows = []
     for ranks in arguments.ranks:
         for engine in arguments.engines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +13,12 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from lightning_soo.planning.machine import seconds
+
 
 def best_seconds(run: Callable[[], object], repeats: int = 7) -> float:
     """The fastest of several runs, after one that is not counted: a rate the machine can reach."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(run, repeats))
 
 
 def gemm_rate(dtype: torch.dtype, order: int = 1000) -> float:

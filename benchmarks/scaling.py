@@ -8,19 +8,17 @@ refresh interval each; the slowest rank counts.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from measure import machine, report, spread
 from tasks import text_gpt
-from world import Training, Watched, answer, start_world
+from world import Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 
@@ -84,16 +82,9 @@ def row(ranks: int, batch_size: int, found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=3, help="turns before anything is counted")
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.rank_folder:
-        answer(arguments.rank_folder, work)
-    torch.set_num_threads(1)
+    parser = options(__doc__, [1, 2, 4])
+    parser.add_argument("--turns", type=int, default=5, help="that are counted")
+    arguments = parsed(parser, work)
     rows = []
     cells = sorted(
         {(n, max(1, GLOBAL_BATCH // n)) for n in arguments.ranks} | {(n, RANK_BATCH) for n in arguments.ranks}

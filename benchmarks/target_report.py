@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,46 +115,48 @@ def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:
     targets = list(everyone[0].fewest)
     if not targets:
         return []
-    lines = [
-        "## Further targets",
-        "",
-        "Steps of the shortest fitted run that ends there (seed 0), and about how many seconds: steps times its "
-        "milliseconds a step in the turns of the longest horizon.",
-        "",
-        "| | " + " | ".join(f"{target:g}" for target in targets) + " |",
-        "|---" * (len(targets) + 1) + "|",
-    ]
-    for found in everyone:
+
+    def row(found: Found) -> list[str]:
         runs = clock.runs(found.longest)
         pace = statistics.median(run.seconds for run in runs) / found.longest.horizon if runs else None
         cells = []
-        for target in targets:
-            steps = found.fewest[target]
+        for steps in found.fewest.values():
             cells.append("-" if steps is None else f"{steps}" if pace is None else f"{steps}, {steps * pace:.3g} s")
-        lines.append(f"| {found.name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        return cells
+
+    about = (
+        "Steps of the shortest fitted run that ends there (seed 0), and about how many seconds: steps times its "
+        "milliseconds a step in the turns of the longest horizon."
+    )
+    columns = [f"{target:g}" for target in targets]
+    return [*_section("Further targets", about, columns, everyone, row), ""]
 
 
 def _equal_horizons(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float]) -> list[str]:
     longest, targets = everyone[0].longest.horizon, [own[0], *everyone[0].fewest]
-    lines = [
-        f"## Equal horizons: everybody's best run of {longest} steps",
-        "",
-        "Steps and seconds until the curve (a point every 2 % of the steps) is at or below.",
-        "",
-        "| | ms/step | " + " | ".join(f"{target:.5g}" for target in targets) + " |",
-        "|---" * (len(targets) + 2) + "|",
-    ]
-    for found in everyone:
+
+    def row(found: Found) -> list[str]:
         runs = clock.runs(found.longest)
         times = median_times(runs)
-        pace = f"{1000 * statistics.median(run.seconds for run in runs) / longest:.1f}" if runs else ""
-        cells = []
+        cells = [f"{1000 * statistics.median(run.seconds for run in runs) / longest:.1f}" if runs else ""]
         for target in targets:
             step = next((step for step, loss in found.curve if loss <= target), None)
             cells.append("-" if step is None else f"{step}, {times[step]:.3g} s" if step in times else f"{step}")
-        lines.append(f"| {found.name} | {pace} | " + " | ".join(cells) + " |")
+        return cells
+
+    title = f"Equal horizons: everybody's best run of {longest} steps"
+    about = "Steps and seconds until the curve (a point every 2 % of the steps) is at or below."
+    columns = ["ms/step", *(f"{target:.5g}" for target in targets)]
+    lines = _section(title, about, columns, everyone, row)
     return [*lines, "", f"![loss over seconds](time_to_target_{task.key}.png)"]
+
+
+def _section(
+    title: str, about: str, columns: Sequence[str], everyone: Sequence[Found], row: Callable[[Found], list[str]]
+) -> list[str]:
+    head = ["", *columns]
+    rows = [f"| {found.name} | " + " | ".join(row(found)) + " |" for found in everyone]
+    return [f"## {title}", "", about, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]
 
 
 def picture(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -23,6 +24,25 @@ from torch import Tensor, nn
 
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero-2")
 Make = Callable[[nn.Module], Any]
+
+
+def options(description: str | None, ranks: list[int]) -> argparse.ArgumentParser:
+    """What every benchmark of worlds takes. Args: ranks: the worlds by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=ranks)
+    parser.add_argument("--warm-up", type=int, default=3, help="refresh intervals before anything is counted")
+    parser.add_argument("--output", type=Path, help="also write the table here")
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, work: Callable[[dict[str, Any]], dict[str, Any]]) -> argparse.Namespace:
+    """The options, for the process that starts the worlds; a rank does its work here and does not come back."""
+    arguments = parser.parse_args()
+    if arguments.rank_folder:
+        answer(arguments.rank_folder, work)
+    torch.set_num_threads(1)
+    return arguments
 
 
 def start_world(script: str, ranks: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:

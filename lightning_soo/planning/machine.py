@@ -90,12 +90,17 @@ def _decomposition(order: int) -> Callable[[], object]:
     return lambda: inverse_root(matrix, 4.0, eps=1e-6)
 
 
-def _median(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median seconds of several runs, after one that is not counted: what the machine does now, busy or not."""
+def _median(run: Callable[[], object]) -> float:
+    """What the machine does now, busy or not."""
+    return statistics.median(seconds(run))
+
+
+def seconds(run: Callable[[], object], repeats: int = 7) -> list[float]:
+    """Of several runs, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
