@@ -54,7 +54,7 @@ class KFAC(LayeredOptimizer):
         statistics_frequency: steps between two updates of the factors. In the steps between, hooks do nothing.
         precondition_frequency: steps between two inverses of a layer; a number, or
             ``{"first": 5, "growth": 1.5, "max": 100}``.
-        refresh_delay: steps from the start of an inverse to its use, whatever the workers do; None is a quarter of the
+        refresh_delay: steps from the start of an inverse to its use, whatever the workers do; None is an eighth of the
             interval (the first ones are used at once), 0 is at once.
         stagger: spread inverses over the interval.
         start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen.

@@ -57,6 +57,14 @@ class Report:
             return needed if is_sequential(self.optimizer) else 0.0
         return max(0.0, needed - self.step_seconds - optimizer_seconds)
 
+    def early_wait(self) -> float:
+        """Seconds in all that training waits for the first roots, and while intervals are still short."""
+        if self.step_seconds is None or is_sequential(self.optimizer) or not self.found.plan.units:
+            return 0.0
+        needed = self._core_seconds() / worker_cores(self.optimizer, self.machine)
+        short = self.optimizer.options.precondition_frequency.short_lengths()
+        return needed + sum(max(0.0, needed - length * self.step_seconds) for length in short)
+
     def warnings(self) -> list[str]:
         """What cannot work, with the option to change and a value that is enough."""
         return [*self._late(), *self._uneven()]
@@ -148,6 +156,7 @@ class Report:
                 "core_seconds_per_step": _both(core / found.interval),
                 "balance": plan.balance,
                 "least_balance": plan.least_balance,
+                "early_wait_seconds": self.early_wait(),
             },
             "flops_per_step": {
                 "statistics": None if plan.adds_up else _both(found.statistics_flops / found.statistics_frequency),
@@ -241,6 +250,10 @@ class Report:
                 f"that is {total / self.step_seconds:.1%} of a first-order step of {self.step_seconds:g} s, "
                 "whose own optimizer's share is not taken off"
             )
+            if self.early_wait():
+                interval = self.optimizer.options.precondition_frequency
+                growing = f", and refreshes while the interval grows ({interval})," if interval.grows else ""
+                lines.append(f"the first roots{growing} hold training up for {self.early_wait():.3g} s in all")
         elif self.found.plan.units and not is_sequential(self.optimizer):
             least = self._core_seconds() / worker_cores(self.optimizer, self.machine) / self.found.interval
             lines.append(f"refreshes keep up with steps of {least:.3g} s or more (--step-seconds)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import Any
 
 from lightning_soo.naming import nearest
@@ -16,7 +17,9 @@ from lightning_soo.placement.costs import refresh_milliseconds
 # that end a short run far worse (autoencoder of the papers, 48 steps: 187 instead of 141)
 _FIRST_GRADIENTS = 8
 # stale roots cost progress early, when statistics change fast (benchmarks/NOTES.md)
-GROWING: Mapping[str, float] = {"first": 20, "growth": 1.2, "max": 100}
+GROWING: Mapping[str, float] = {"first": 5, "growth": 1.3, "max": 100}
+# share of an interval in which background work has to be done; roots that wait longer are staler for nothing
+_DELAY_SHARE = 8
 
 # as good as every step in all that was measured, at a tenth of the cost
 RAREST_STATISTICS = 10
@@ -78,6 +81,14 @@ class Interval:
     def grows(self) -> bool:
         return self.first < self.max
 
+    def short_lengths(self) -> list[int]:
+        """Every interval before the first that has its full length."""
+        lengths, length = [], float(self.first)
+        while round(length) < self.max:
+            lengths.append(round(length))
+            length *= self.growth
+        return lengths
+
     def __str__(self) -> str:
         return f"{self.first}, growing x {self.growth:g} to {self.max}" if self.grows else str(self.max)
 
@@ -88,10 +99,11 @@ class RefreshSchedule:
 
     Attributes:
         interval: steps between two refreshes of a block.
-        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once. None is a quarter
-            of the interval around ``t``, but 0 for the first refresh: without it the graft alone would move meanwhile,
-            and what a large learning rate does then is not made good (the autoencoder of the papers, 400 steps, ended
-            at 150 instead of 66). Refreshes are spread over the interval, so each has all the workers' time to itself.
+        delay: a refresh started at step ``t`` is used from step ``t + delay`` on; 0 means at once. None is an eighth
+            of the interval around ``t``, at least 1, but 0 for the first refresh: without it the graft alone would move
+            meanwhile, and what a large learning rate does then is not made good (the autoencoder of the papers, 400
+            steps, ended at 150 instead of 66). Refreshes are spread over the interval, so each has all the workers'
+            time to itself.
         start: step of every block's first refresh.
         gather: roots change hands only at multiples of this; 1 means as soon as the delay is over.
         statistics: steps between two updates of the statistics.
@@ -142,7 +154,7 @@ class RefreshSchedule:
         """First step that uses the roots of a refresh started at ``step``."""
         delay = self.delay
         if delay is None:
-            delay = 0 if step == self.start else max(1, self._around(step)[1] // 4)
+            delay = 0 if step == self.start else max(1, self._around(step)[1] // _DELAY_SHARE)
         return -(-(step + delay) // self.gather) * self.gather
 
     def _around(self, step: int) -> tuple[int, int]:
@@ -157,12 +169,7 @@ class RefreshSchedule:
 
     def _starts_until_max(self) -> list[int]:
         """First steps of the intervals, up to the first that has its full length."""
-        length, begin = float(self.interval.first), self.start
-        while round(length) < self.interval.max:
-            self._starts.append(begin)
-            begin += round(length)
-            length *= self.interval.growth
-        self._starts.append(begin)
+        self._starts.extend(accumulate(self.interval.short_lengths(), initial=self.start))
         return self._starts
 
 

@@ -24,15 +24,6 @@ from lightning_soo.callbacks import SecondOrder
 
 # paper: 100 epochs of MNIST's 60,000 pictures, batch 1000 (Devvrit et al. 2023, section 5.1)
 PRESETS = {"small": {"batch_size": 250, "steps": 400}, "paper": {"batch_size": 1000, "steps": 6000}}
-# at AdamW's small learning rate the defaults end far higher (142 in place of 93)
-SHAMPOO = {
-    "precondition_frequency": 20,
-    "refresh_delay": 0,
-    "stagger": False,
-    "statistics_frequency": 5,
-    "start_preconditioning_step": 10,
-    "max_preconditioner_dim": 1024,
-}
 
 
 class Record(L.Callback):
@@ -92,7 +83,7 @@ def main() -> None:
     name = arguments.name or arguments.optimizer
     callbacks: list[L.Callback] = [Record(arguments.results / f"{name}.csv")]
     if arguments.optimizer == "shampoo":
-        callbacks.append(SecondOrder("shampoo", **SHAMPOO))
+        callbacks.append(SecondOrder("shampoo"))
     trainer = L.Trainer(
         max_steps=arguments.steps,
         max_epochs=-1,

@@ -152,6 +152,17 @@ def test_every_way_out_of_late_refreshes_is_enough() -> None:
     assert not report("method=shampoo,precondition_frequency=5", *common, "10").warnings()
 
 
+def test_what_short_intervals_cost_at_the_start() -> None:
+    """Intervals of 2, 4 and 8 steps; one core needs as long as 6 steps: the first roots, 4 steps and 2 steps late."""
+    options = "method=shampoo,precondition_frequency={first: 2, growth: 2, max: 9}"
+    needed = report(options, "--cores", "1").data()["refresh"]["core_seconds_per_interval"]["largest"]
+    found = report(options, "--cores", "1", "--step-seconds", str(needed / 6))
+    assert found.early_wait() == pytest.approx(needed * (1 + 4 / 6 + 2 / 6))
+    assert "while the interval grows (2, growing x 2 to 9)" in found.text()
+    constant = report("method=shampoo,precondition_frequency=9", "--cores", "1", "--step-seconds", "1")
+    assert constant.early_wait() == pytest.approx(needed) and "the first roots hold" in constant.text()
+
+
 def test_the_command_prints_tables_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--model", HERE, "--world-size", "8", "--engine", "hsdp", "--shard-size", "2"]
     assert main([*arguments, "--step-seconds", "0.5"]) == 0

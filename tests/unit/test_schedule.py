@@ -127,9 +127,9 @@ def test_a_growing_interval(
             assert sum(begin <= step < end for step in steps) == 1
         swaps = [plain.swap_step(step) for step in begins]
         assert swaps == sorted(swaps)
-        if delay is None:  # the first roots at once, then a quarter of the interval later
-            quarters = [begin + max(1, (end - begin) // 4) for begin, end in pairwise(begins)]
-            assert swaps[: len(begins) - 1] == [start, *quarters[1:]]
+        if delay is None:  # the first roots at once, then an eighth of the interval later
+            eighths = [begin + max(1, (end - begin) // 8) for begin, end in pairwise(begins)]
+            assert swaps[: len(begins) - 1] == [start, *eighths[1:]]
 
 
 @pytest.mark.parametrize(
