@@ -22,12 +22,13 @@ from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.placement.adapters import read_layout
 from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.blocks import Block
+from lightning_soo.placement.build import build_plan
 from lightning_soo.placement.costs import refresh_milliseconds
 from lightning_soo.placement.fragments import to_local
 from lightning_soo.placement.layers import Layers
 from lightning_soo.placement.layout import FragmentTable, Layout
 from lightning_soo.placement.overrides import ParameterSpec
-from lightning_soo.placement.plan import Plan, build_plan
+from lightning_soo.placement.plan import Plan
 from lightning_soo.placement.simulated import simulate
 from lightning_soo.placement.table import plan_table
 from lightning_soo.placement.uncut import largest_uncut_dim

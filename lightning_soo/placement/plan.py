@@ -1,4 +1,4 @@
-"""The plan: every parameter's blocks, where each lives, what it costs. A pure function; the same on every rank."""
+"""The plan: every parameter's blocks, where each lives, what it costs. The same on every rank."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from functools import cached_property
 import numpy as np
 
 from lightning_soo.placement.assignment import smallest_largest_load
-from lightning_soo.placement.blocks import Block, BlockRules, partition
-from lightning_soo.placement.chains import chain_length
-from lightning_soo.placement.exchange import Bucket, Integers, Traveller, fill_buckets
-from lightning_soo.placement.holders import holders_of
-from lightning_soo.placement.homes import Place, place_blocks
-from lightning_soo.placement.layers import LayerBlock, Layers, cut_layers
+from lightning_soo.placement.blocks import Block
+from lightning_soo.placement.exchange import Bucket, Integers
+from lightning_soo.placement.homes import Place
 from lightning_soo.placement.layout import FragmentTable
-from lightning_soo.placement.overrides import Override, ParameterSpec, resolve
+from lightning_soo.placement.overrides import ParameterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,137 +221,6 @@ class Plan:
             if p.is_preconditioned
         )
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def build_plan(
-    specs: Sequence[ParameterSpec],
-    rules: BlockRules,
-    *,
-    overrides: Sequence[Override] = (),
-    ranks: int = 1,
-    table: FragmentTable | None = None,
-    precondition_frequency: int = 20,
-    statistics_frequency: int = 1,
-    exchange_bucket_bytes: int = 2**25,
-    state_bytes: Callable[[ParameterSpec, Block], tuple[int, int, int]] = lambda spec, block: (0, 0, 0),
-    exchanges: int = 1,
-    chain: str | None = None,
-    layers: Layers | None = None,
-    groups: Sequence[int] | None = None,
-    previous: Mapping[str, Place] | None = None,
-    refresh_at_home: bool = False,
-) -> Plan:
-    """Cut parameters into blocks and give each a place.
-
-    Args:
-        table: what every rank holds; None is everything on each of ``ranks``.
-        state_bytes: of a block's roots, of its statistics and of its moments.
-        layers: what has factors, in place of cuts by size (K-FAC). Statistics do not come from gradients then: the
-            rank that refreshes a block keeps them.
-        groups: number of each parameter's group; None is one group.
-        chain: bands along chains in place of blocks, see :class:`lightning_soo.SONew`.
-        previous: block key -> place in the plan before; blocks that are still there stay where they are, so that
-            nothing moves when a parameter group is added.
-    """
-    table = table or FragmentTable.whole([math.prod(spec.shape) for spec in specs], ranks)
-    resolved = resolve(specs, rules, overrides)
-    layer_cut = None
-    if layers is not None:
-        excluded = {
-            spec.name: "override: none" if spec.requires_grad else "frozen"
-            for spec, (method, _) in zip(specs, resolved, strict=True)
-            if method == "none" or not spec.requires_grad
-        }
-        together = {
-            spec.name: (group, spec.part) for spec, group in zip(specs, groups or [0] * len(specs), strict=True)
-        }
-        layer_cut = cut_layers(specs, layers, together, excluded)
-    cut: list[tuple[ParameterSpec, Sequence[Block], str]] = []
-    for spec, (method, own) in zip(specs, resolved, strict=True):
-        blocks: Sequence[Block] = []
-        if not spec.requires_grad:
-            reason = "frozen"
-        elif method == "none":
-            reason = "override: none"
-        elif chain is not None:
-            reason = "one element" if math.prod(spec.shape) == 1 else "empty" if 0 in spec.shape else ""
-        elif layer_cut is not None:
-            blocks, reason = layer_cut.blocks.get(spec.name, []), layer_cut.reasons.get(spec.name, "")
-        else:
-            blocks, reason = partition(spec.name, spec.shape, own)
-        cut.append((spec, blocks, reason))
-    index_of = {spec.name: index for index, spec in enumerate(specs)}
-    companions = {
-        block.key: (index_of[block.bias.parameter], block.bias)
-        for _, blocks, _ in cut
-        for block in blocks
-        if isinstance(block, LayerBlock) and block.bias is not None
-    }
-    holders = holders_of(table)
-    places = place_blocks(
-        [(parameter, block) for parameter, (_, blocks, _) in enumerate(cut) for block in blocks],
-        table,
-        companions=companions,
-        keep_at_refresher=layers is not None,
-        precondition_frequency=precondition_frequency,
-        statistics_frequency=statistics_frequency,
-        previous=previous or {},
-        refresh_at_home=refresh_at_home,
-        holders=holders,
-    )
-    parameters = []
-    for spec, blocks, reason in cut:
-        units = []
-        for block in blocks:
-            roots, statistics, moments = state_bytes(spec, block)
-            units.append(
-                Unit(
-                    block=block,
-                    place=places[block.key],
-                    root_bytes=roots,
-                    statistics_bytes=statistics,
-                    moment_bytes=moments,
-                )
-            )
-        length = chain_length(spec.shape, chain) if chain is not None and not reason else None
-        parameters.append(
-            PlannedParameter(
-                spec=spec,
-                units=tuple(units),
-                reason=reason,
-                chain=length,
-                joined=tuple(layer_cut.joined.get(spec.name, ())) if layer_cut is not None else (),
-                note=layer_cut.notes.get(spec.name, "") if layer_cut is not None else "",
-            )
-        )
-    travellers: dict[int, list[Traveller]] = {}
-    number = 0
-
-    def traveller(index: int, block: Block, unit: Unit, companion: Traveller | None = None) -> Traveller:
-        return Traveller(
-            unit=number,
-            key=block.key,
-            parameter=index,
-            box=block.ranges,
-            home=table.shard[unit.homes[0]],
-            dtype=specs[index].dtype,
-            parts=holders[index].parts(block.merged_shape, block.ranges),
-            companion=companion,
-        )
-
-    for index, parameter in enumerate(parameters):
-        for unit in parameter.units:
-            if unit.place.travels:
-                with_it = companions.get(unit.key)
-                companion = traveller(*with_it, unit) if with_it is not None else None
-                travellers.setdefault(parameter.spec.part, []).append(traveller(index, unit.block, unit, companion))
-            number += 1
-    buckets = {
-        part: tuple(fill_buckets(found, table.shards, exchange_bucket_bytes)) for part, found in travellers.items()
-    }
-    return Plan(
-        parameters=tuple(parameters), table=table, buckets=buckets, exchanges=exchanges, adds_up=layers is not None
-    )
 
 
 def _largest_over_mean(values: Sequence[float]) -> float:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from lightning_soo.placement.assignment import assign_near
 from lightning_soo.placement.blocks import BlockRules
 from lightning_soo.placement.boxes import decompose, flat_span, pieces, slices, volume
+from lightning_soo.placement.build import build_plan
 from lightning_soo.placement.exchange import Parts, Traveller, fill_buckets
 from lightning_soo.placement.layout import FragmentTable
 from lightning_soo.placement.overrides import ParameterSpec
-from lightning_soo.placement.plan import build_plan
 from lightning_soo.placement.uncut import largest_uncut_dim
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)

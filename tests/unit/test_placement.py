@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from lightning_soo.placement.assignment import assign
 from lightning_soo.placement.blocks import BlockRules, merge_shape, partition
+from lightning_soo.placement.build import build_plan
 from lightning_soo.placement.overrides import Override, ParameterSpec
-from lightning_soo.placement.plan import build_plan
 
 shapes = st.lists(st.integers(1, 14), min_size=1, max_size=4).map(tuple)
 
