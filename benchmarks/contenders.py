@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,9 +78,6 @@ def shampoo(name: str, **given: Any) -> Contender:
     probe.close()
     numbers = {key: value for key, value in asdict(found).items() if key not in _EXECUTION}
     interval = found.precondition_frequency
-    growing, length = 0, float(interval.first)
-    while length < interval.max:
-        growing, length = growing + math.ceil(length), length * interval.growth
     return Contender(
         name=name,
         make=lambda model, lr: Shampoo(model, lr=lr, betas=BETAS, **given),
@@ -90,7 +86,7 @@ def shampoo(name: str, **given: Any) -> Contender:
             | {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
         ),
         cycle=interval.max,
-        warm_up=found.start + growing + 2 * interval.max,
+        warm_up=found.start + sum(interval.short_lengths()) + 2 * interval.max,
         ours=found,
     )
 

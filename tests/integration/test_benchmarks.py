@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 import exchange
+import levers
 import roots
 import scaling
 import search
@@ -146,6 +147,20 @@ def test_runs_are_the_same_clocked_or_not_and_schedules_end_at_zero() -> None:
     factors = [training.factor(step, 40, 40) for step in range(41)]
     assert factors[:3] == [0.5, 1.0, 1.0] and factors[40] == 0.0
     assert all(a > b for a, b in itertools.pairwise(factors[2:]))
+
+
+def test_levers_compare_settings_at_equal_steps(tmp_path: Path) -> None:
+    settings = [{}, {"grafting": "sgd"}]
+    arguments = (TINY, settings, [1e-1], 2, 1, Store("tiny", tmp_path), {})
+    lines = levers.measure(*arguments)
+    for given, line in zip(settings, lines[2:], strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        alone = [training.train(TINY, shampoo("ours", **given), 1e-1, 40, seed)["loss"] for seed in (0, 1)]
+        assert [float(loss) for loss in cells[2].split(",")] == pytest.approx(alone, rel=1e-4)
+        assert float(cells[3]) == pytest.approx(sum(alone) / 2, rel=1e-4)
+    assert lines[2].split("|")[3] != lines[3].split("|")[3]
+    size = (tmp_path / "tiny.jsonl").stat().st_size
+    assert levers.measure(*arguments) == lines and (tmp_path / "tiny.jsonl").stat().st_size == size  # none twice
 
 
 def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -> None:
