@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_soo import AgreementError
-from lightning_soo.optim import planned
+from lightning_soo.optim import plannable
 from lightning_soo.placement.plan import Plan
 
 
@@ -41,16 +41,16 @@ def small() -> nn.Module:
 def an_adapter_fails_on_one_rank(rank: int) -> None:
     model = sharded(small())
     optimizer = make_optimizer(model, {})
-    original = planned.read_layout
+    original = plannable.read_layout
 
     def failing(*arguments: Any) -> Any:
         if rank == 1:
             raise TypeError("parameter '0.weight': of a kind that only this rank has")
         return original(*arguments)
 
-    planned.read_layout = failing
+    plannable.read_layout = failing
     error = raised(lambda: optimizer.attach(model))
-    planned.read_layout = original
+    plannable.read_layout = original
     assert isinstance(error, TypeError if rank == 1 else AgreementError), error
     assert "only this rank has" in str(error) if rank == 1 else "rank [1]" in str(error)
 
@@ -58,15 +58,15 @@ def an_adapter_fails_on_one_rank(rank: int) -> None:
 def a_plan_differs_on_one_rank(rank: int) -> None:
     model = sharded(nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6)))
     optimizer = make_optimizer(model, {})
-    original = planned.build_plan
+    original = plannable.build_plan
 
     def differing(*arguments: Any, **options: Any) -> Plan:
         plan = original(*arguments, **options)
         return replace(plan, parameters=plan.parameters[::-1]) if rank == 2 else plan
 
-    planned.build_plan = differing
+    plannable.build_plan = differing
     error = raised(lambda: optimizer.attach(model))
-    planned.build_plan = original
+    plannable.build_plan = original
     assert isinstance(error, AgreementError) and "the plan of rank [2]" in str(error), error
 
 
@@ -74,7 +74,7 @@ def a_piece_is_missing(rank: int) -> None:
     """An adapter that loses elements is found out before anything is sent."""
     model = sharded(small())
     optimizer = make_optimizer(model, {})
-    original = planned.read_layout
+    original = plannable.read_layout
 
     def losing(*arguments: Any) -> Any:
         layout = original(*arguments)
@@ -83,9 +83,9 @@ def a_piece_is_missing(rank: int) -> None:
         first = layout.fragments[0]
         return replace(layout, fragments=(replace(first, stop=first.start), *layout.fragments[1:]))
 
-    planned.read_layout = losing
+    plannable.read_layout = losing
     error = raised(lambda: optimizer.attach(model))
-    planned.read_layout = original
+    plannable.read_layout = original
     assert isinstance(error, ValueError) and "'0.weight'" in str(error), error
 
 

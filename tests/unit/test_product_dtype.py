@@ -8,12 +8,12 @@ from torch import nn
 
 from lightning_soo import Shampoo
 from lightning_soo.linalg.product_rates import bfloat16_gain
-from lightning_soo.optim import planned
+from lightning_soo.optim import plannable
 
 
 def roots(monkeypatch: pytest.MonkeyPatch, gain: float, dtype: torch.dtype, **options: object) -> list[torch.dtype]:
     """Dtypes of the roots of a 256 x 256 and of a 16 x 256 block after the first refresh."""
-    monkeypatch.setattr(planned, "bfloat16_gain", lambda device: gain)
+    monkeypatch.setattr(plannable, "bfloat16_gain", lambda device: gain)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh(), nn.Linear(256, 16, bias=False)).to(dtype)
     optimizer = Shampoo(net, workers="inline", start_preconditioning_step=1, **options)
