@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_soo import Shampoo
+from lightning_soo import SOAP, Shampoo
 from lightning_soo.optim.options import ShampooOptions
 
 BETAS = (0.9, 0.99)
+METHODS: dict[str, type[Shampoo | SOAP]] = {"shampoo": Shampoo, "soap": SOAP}
 # ours by name: what is given beside learning rate and betas
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours, defaults": {},
     "ours, float32": {"compute_dtype": "float32"},
+    "ours, SOAP": {"method": "soap"},
 }
 _EXECUTION = ("workers", "exchange_bucket_bytes", "collective_timeout")  # these change no number
 
@@ -57,7 +59,7 @@ class Contender:
     cycle: steps over which its cost repeats.
     warm_up: steps until it repeats.
     same_as: contender of the same method, whose points in time to target it shares.
-    ours: options of :class:`lightning_soo.Shampoo`, for the bound.
+    ours: options of one of our optimizers, for the bound.
     """
 
     name: str
@@ -71,18 +73,19 @@ class Contender:
     ours: ShampooOptions | None = None
 
 
-def shampoo(name: str, **given: Any) -> Contender:
-    """Ours with the defaults of the library as it is, and what is given."""
-    probe = Shampoo(nn.Linear(2, 2), lr=1.0, betas=BETAS, **given)
+def from_library(name: str, method: str = "shampoo", **given: Any) -> Contender:
+    """Ours with the defaults of the library as it is, and what is given. Args: method: of ``METHODS``."""
+    kind = METHODS[method]
+    probe = kind(nn.Linear(2, 2), lr=1.0, betas=BETAS, **given)
     found, group = probe.options, probe.param_groups[0]
     probe.close()
     numbers = {key: value for key, value in asdict(found).items() if key not in _EXECUTION}
     interval = found.precondition_frequency
     return Contender(
         name=name,
-        make=lambda model, lr: Shampoo(model, lr=lr, betas=BETAS, **given),
+        make=lambda model, lr: kind(model, lr=lr, betas=BETAS, **given),
         options=plain(
-            {"optimizer": "lightning_soo.Shampoo", **numbers}
+            {"optimizer": f"lightning_soo.{kind.__name__}", **numbers}
             | {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
         ),
         cycle=interval.max,
@@ -140,7 +143,7 @@ def contenders(variants: Sequence[str] = ("ours, defaults",)) -> list[Contender]
             options=plain({"optimizer": "torch.optim.Muon", "adamw_lr_ratio": 1.0, "adamw": adamw, **MUON}),
             start=1e-3,
         ),
-        *(shampoo(name, **VARIANTS[name]) for name in variants),
+        *(from_library(name, **VARIANTS[name]) for name in variants),
         *_peer(
             "HeavyBall SOAP, every 10",
             "heavyball.SOAP",

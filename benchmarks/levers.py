@@ -1,7 +1,8 @@
-"""What an option of Shampoo is worth: final losses of several settings at equal steps, over seeds.
+"""What an option is worth: final losses of several settings at equal steps, over seeds.
 
 python benchmarks/levers.py text-gpt '{}' '{"precondition_frequency": 10}' --lr 3e-3
 python benchmarks/levers.py autoencoder-250 '{}' '{"max_preconditioner_dim": 1024}' --lr 3e-4 4e-3 --seeds 1
+python benchmarks/levers.py autoencoder-250 '{}' '{"compute_dtype": "auto"}' --lr 3e-3 --method soap
 
 A setting is json: what differs from the defaults. Schedules are those of time_to_target.py at the longest horizon, and
 runs are kept in its store, so none is done twice. No time is taken: the machine may be busy.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Contender, shampoo
+from contenders import METHODS, Contender, from_library
 from measure import machine, report
 from run_store import FOLDER, Store
 from search import Search
@@ -27,6 +28,7 @@ from training import train
 
 def measure(
     task: TrainedTask,
+    method: str,
     settings: Sequence[Mapping[str, Any]],
     rates: Sequence[float],
     seeds: int,
@@ -42,7 +44,7 @@ def measure(
     lines = ["| lr | differs from the defaults | loss, by seed | mean |", "|---|---|---|---|"]
     for lr in rates:
         for given in settings:
-            contender = shampoo("ours, defaults" if not given else f"ours, {json.dumps(given)}", **given)
+            contender = from_library(f"ours, {json.dumps(given) if given else 'defaults'}", method, **given)
             search = Search(store, contender, task.longest, threads, run, dict(where))
             losses = [search.loss(lr, task.longest, seed) for seed in range(seeds)]
             lines.append(
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("task", choices=list(TRAINED))
     parser.add_argument("settings", nargs="+", type=json.loads, help="json, of options that differ from the defaults")
     parser.add_argument("--lr", type=float, nargs="+", required=True)
+    parser.add_argument("--method", choices=list(METHODS), default="shampoo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of a run; runs of other numbers are other runs")
     parser.add_argument("--runs", type=Path, default=FOLDER, help="folder of the stored runs")
@@ -65,8 +68,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     task, where = trained(arguments.task), machine()
     store = Store(task.key, arguments.runs)
-    rows = measure(task, arguments.settings, arguments.lr, arguments.seeds, arguments.threads, store, {"where": where})
-    head = [f"# Levers: {task.key}, {task.longest} steps", "", f"{where}.", ""]
+    rows = measure(
+        task,
+        arguments.method,
+        arguments.settings,
+        arguments.lr,
+        arguments.seeds,
+        arguments.threads,
+        store,
+        {"where": where},
+    )
+    head = [f"# Levers of {arguments.method}: {task.key}, {task.longest} steps", "", f"{where}.", ""]
     report([*head, *rows], arguments.output)
 
 

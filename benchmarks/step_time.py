@@ -20,7 +20,6 @@ from contenders import Contender, Unsuited, choose, contenders
 from measure import eigh_seconds, gemm_rate, machine, memory_rate, spread
 from tasks import Task, autoencoder, digits, small_gpt, text_gpt
 
-from lightning_soo import Shampoo
 from lightning_soo.placement.costs import product_flops
 
 TASKS = {
@@ -29,7 +28,7 @@ TASKS = {
     "gpt": small_gpt,
     "text-gpt": text_gpt,
 }
-OURS = ("ours, defaults", "ours, float32")
+OURS = ("ours, defaults", "ours, float32", "ours, SOAP")
 
 
 class Runner:
@@ -56,7 +55,7 @@ class Runner:
             self.optimizer.step()
             optimizing += time.perf_counter() - before
             self.optimizer.zero_grad()
-        if isinstance(self.optimizer, Shampoo):
+        if self.contender.ours is not None:
             self.optimizer.close()  # roots still being computed belong to this turn
         whole = time.perf_counter() - start
         self.step += steps
@@ -73,18 +72,20 @@ class Runner:
         """Milliseconds a step that flops and bytes allow: what no implementation of this method can beat here.
 
         Model: task.flops at the float32 rate. Optimizer: 7 passes over the parameters (read parameter, gradient and
-        two moments, write three). Preconditioning an m x n block: 2mn(m + n) flops; its statistics, of which symmetry
-        allows half: mn(m + n) each time, in float32; its roots: an eigendecomposition of each side, scaled by n^3
-        from n = 1000, as many at once as there are threads.
+        two moments, write three). Preconditioning an m x n block: 2mn(m + n) flops, three times as many for SOAP, which
+        rotates the gradient and its mean, and what comes of them back; its statistics, of which symmetry allows half:
+        mn(m + n) each time, in float32; its roots: an eigendecomposition of each side, scaled by n^3 from n = 1000, as
+        many at once as there are threads.
         """
         numel = sum(parameter.numel() for parameter in self.net.parameters())
         seconds = self.task.flops / rates["float32"] + 7 * 4 * numel / rates["memory"]
-        if isinstance(self.optimizer, Shampoo):
+        if self.contender.ours is not None:
             options = self.optimizer.options
+            products = 3 if self.optimizer.block_class.needs_gradient else 1
             for unit in self.optimizer.attach().units:
                 dtype = self.optimizer.compute_dtypes()[unit.key]
                 flops = product_flops(unit.block)
-                seconds += flops / rates[str(dtype).removeprefix("torch.")]
+                seconds += products * flops / rates[str(dtype).removeprefix("torch.")]
                 seconds += flops / 2 / rates["float32"] / options.statistics_frequency
                 roots = sum((order / 1000) ** 3 for order in unit.block.orders) * rates["eigh"]
                 seconds += roots / torch.get_num_threads() / options.precondition_frequency.max

@@ -24,7 +24,7 @@ import step_time
 import target_report
 import training
 from clock import Clock
-from contenders import Contender, Unsuited, choose, shampoo, torch_muon
+from contenders import Contender, Unsuited, choose, from_library, torch_muon
 from run_store import Point, Store
 from tasks import Task
 from trained_tasks import TrainedTask
@@ -120,7 +120,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
 
 def test_runs_of_other_options_are_other_runs(tmp_path: Path) -> None:
     store = Store("tiny", tmp_path)
-    one, other = shampoo("ours"), shampoo("ours", precondition_frequency=7)
+    one, other = from_library("ours"), from_library("ours", precondition_frequency=7)
     calls: list[tuple[float, int, int]] = []
     for contender in (one, other):
         search.Search(store, contender, 40, 1, formula(calls)).row(1e-3, 40)
@@ -131,12 +131,12 @@ def test_runs_of_other_options_are_other_runs(tmp_path: Path) -> None:
         given = {"options": one.options, "lr": 1e-3, "horizon": 40, "seed": 0, "threads": 1, **changed}
         assert again.get(Point.of(**given)) is None
     # workers change no number
-    assert shampoo("ours", workers="inline").options == one.options
+    assert from_library("ours", workers="inline").options == one.options
 
 
 def test_runs_are_the_same_clocked_or_not_and_schedules_end_at_zero() -> None:
     adamw, *_ = choose(None)
-    ours = shampoo("ours", precondition_frequency=5, start_preconditioning_step=2)
+    ours = from_library("ours", precondition_frequency=5, start_preconditioning_step=2)
     for contender in (adamw, ours):
         run = training.train(TINY, contender, 1e-1, 40, 1)
         clocked = training.train(TINY, contender, 1e-1, 40, 1, clocked=True)
@@ -151,11 +151,11 @@ def test_runs_are_the_same_clocked_or_not_and_schedules_end_at_zero() -> None:
 
 def test_levers_compare_settings_at_equal_steps(tmp_path: Path) -> None:
     settings = [{}, {"grafting": "sgd"}]
-    arguments = (TINY, settings, [1e-1], 2, 1, Store("tiny", tmp_path), {})
+    arguments = (TINY, "shampoo", settings, [1e-1], 2, 1, Store("tiny", tmp_path), {})
     lines = levers.measure(*arguments)
     for given, line in zip(settings, lines[2:], strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        alone = [training.train(TINY, shampoo("ours", **given), 1e-1, 40, seed)["loss"] for seed in (0, 1)]
+        alone = [training.train(TINY, from_library("ours", **given), 1e-1, 40, seed)["loss"] for seed in (0, 1)]
         assert [float(loss) for loss in cells[2].split(",")] == pytest.approx(alone, rel=1e-4)
         assert float(cells[3]) == pytest.approx(sum(alone) / 2, rel=1e-4)
     assert lines[2].split("|")[3] != lines[3].split("|")[3]
@@ -165,7 +165,7 @@ def test_levers_compare_settings_at_equal_steps(tmp_path: Path) -> None:
 
 def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -> None:
     adamw, fused, *_ = choose(["AdamW", "ours, defaults"])
-    ours = shampoo("ours", precondition_frequency=5, start_preconditioning_step=2)
+    ours = from_library("ours", precondition_frequency=5, start_preconditioning_step=2)
     store = Store("tiny", tmp_path)
     one, two = (search.Search(store, contender, 40, 1, training_of(TINY)) for contender in (adamw, ours))
     lr, _ = one.best(40)
