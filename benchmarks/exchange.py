@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from measure import machine, report
 from tasks import text_gpt
-from world import ENGINES, Training, Watched, options, parsed, start_world
+from world import ENGINES, GROWN, Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 from lightning_soo.placement.plan import Plan, Unit
@@ -32,7 +32,10 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     task = text_gpt(batch_size=2 * ranks)
     training = Training(
-        arguments["engine"], task.model(), lambda model: Shampoo(model, lr=1e-3, betas=(0.9, 0.99)), micro_batch=2
+        arguments["engine"],
+        task.model(),
+        lambda model: Shampoo(model, lr=1e-3, betas=(0.9, 0.99), **GROWN),
+        micro_batch=2,
     )
     optimizer = training.optimizer
     interval = optimizer.options.precondition_frequency.max
@@ -120,7 +123,7 @@ def row(engine: str, ranks: int, found: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = options(__doc__, [2, 4])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--intervals", type=int, default=2, help="that are counted")
+    parser.add_argument("--intervals", type=int, default=1, help="that are counted")
     arguments = parsed(parser, work)
     rows = []
     for ranks in arguments.ranks:

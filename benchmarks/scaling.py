@@ -2,8 +2,8 @@
 
 python benchmarks/scaling.py [--ranks 1 2 4] [--turns 5] [--output FILE]
 
-The small GPT on text, one thread a rank. Both optimizers train their own copy in the same world and take turns of one
-refresh interval each; the slowest rank counts.
+The small GPT on text, one thread a rank. Both optimizers train their own copy in the same world and take turns:
+Shampoo one refresh interval, AdamW, whose steps are all alike, a fifth of one; the slowest rank counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from measure import machine, report, spread
 from tasks import text_gpt
-from world import Training, Watched, options, parsed, start_world
+from world import GROWN, Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 
@@ -31,18 +31,19 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     task = text_gpt(batch_size=batch_size * ranks)
     makers = {
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), foreach=True),
-        "shampoo": lambda model: Shampoo(model, lr=1e-4, betas=(0.9, 0.99)),
+        "shampoo": lambda model: Shampoo(model, lr=1e-4, betas=(0.9, 0.99), **GROWN),
     }
     trainings = {name: Training("ddp", task.model(), make, batch_size) for name, make in makers.items()}
     optimizer = trainings["shampoo"].optimizer
     interval = optimizer.options.precondition_frequency.max
+    turns = {"adamw": interval // 5, "shampoo": interval}
     steps, watched = dict.fromkeys(trainings, 0), Watched(optimizer)
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
 
     def turn(name: str) -> None:
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(interval):
+        for _ in range(turns[name]):
             training = trainings[name]
             training.backward(task.batch(steps[name])[rank * batch_size : (rank + 1) * batch_size])
             training.step()
@@ -50,7 +51,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         if name == "shampoo":
             training.optimizer.close()  # roots still being computed belong to this turn
         dist.barrier()
-        seconds[name].append((time.perf_counter() - start) / interval)
+        seconds[name].append((time.perf_counter() - start) / turns[name])
 
     warm_up = arguments["warm_up"]
     for number in range(warm_up + arguments["turns"]):

@@ -22,6 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_soo.refresh.schedule import GROWING
+
+# the defaults as they are once the interval has grown, from the first step on: to wait for it takes 400 steps
+GROWN: dict[str, Any] = {"precondition_frequency": int(GROWING["max"])}
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero-2")
 Make = Callable[[nn.Module], Any]
 
@@ -30,7 +34,7 @@ def options(description: str | None, ranks: list[int]) -> argparse.ArgumentParse
     """What every benchmark of worlds takes. Args: ranks: the worlds by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=ranks)
-    parser.add_argument("--warm-up", type=int, default=3, help="refresh intervals before anything is counted")
+    parser.add_argument("--warm-up", type=int, default=1, help="refresh intervals before anything is counted")
     parser.add_argument("--output", type=Path, help="also write the table here")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
     return parser
