@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_soo import SOAP, Shampoo
+from lightning_soo import KFAC, SOAP, Shampoo
 from lightning_soo.optim.options import ShampooOptions
 
 BETAS = (0.9, 0.99)
-METHODS: dict[str, type[Shampoo | SOAP]] = {"shampoo": Shampoo, "soap": SOAP}
-# ours by name: what is given beside learning rate and betas
+# class, and what it is given beside a learning rate
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "shampoo": (Shampoo, {"betas": BETAS}),
+    "soap": (SOAP, {"betas": BETAS}),
+    "kfac": (KFAC, {}),
+}
+# ours by name: the method, and what is given beside that
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours, defaults": {},
     "ours, float32": {"compute_dtype": "float32"},
@@ -75,15 +80,15 @@ class Contender:
 
 def from_library(name: str, method: str = "shampoo", **given: Any) -> Contender:
     """Ours with the defaults of the library as it is, and what is given. Args: method: of ``METHODS``."""
-    kind = METHODS[method]
-    probe = kind(nn.Linear(2, 2), lr=1.0, betas=BETAS, **given)
+    kind, common = METHODS[method]
+    probe = kind(nn.Linear(2, 2), lr=1.0, **common, **given)
     found, group = probe.options, probe.param_groups[0]
     probe.close()
     numbers = {key: value for key, value in asdict(found).items() if key not in _EXECUTION}
     interval = found.precondition_frequency
     return Contender(
         name=name,
-        make=lambda model, lr: kind(model, lr=lr, betas=BETAS, **given),
+        make=lambda model, lr: kind(model, lr=lr, **common, **given),
         options=plain(
             {"optimizer": f"lightning_soo.{kind.__name__}", **numbers}
             | {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
