@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.options import ShampooOptions, parameter_group
-from lightning_soo.refresh.schedule import GROWING, Interval
+from lightning_soo.refresh.schedule import GROWING, Interval, first_refresh
 from lightning_soo.refresh.workers import WorkerOptions
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-
-# Roots of four gradients and fewer end a short run worse, later ones leave more steps to the graft alone
-# (benchmarks/NOTES.md)
-_START = 5
 
 
 class Shampoo(SecondOrderOptimizer):
@@ -128,7 +124,7 @@ class Shampoo(SecondOrderOptimizer):
     ) -> None:
         interval = Interval.parse(precondition_frequency)
         if start_preconditioning_step is None:
-            start_preconditioning_step = min(_START, interval.first)
+            start_preconditioning_step = first_refresh(interval)
         options = ShampooOptions.parse(
             preconditioner_eps=preconditioner_eps,
             relative_eps=relative_eps,

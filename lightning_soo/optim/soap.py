@@ -13,7 +13,7 @@ from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.options import ShampooOptions, adam_group
 from lightning_soo.optim.shampoo import Params
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
-from lightning_soo.refresh.schedule import Interval
+from lightning_soo.refresh.schedule import GROWING, Interval, first_refresh
 from lightning_soo.refresh.workers import WorkerOptions
 
 
@@ -34,15 +34,16 @@ class SOAP(SecondOrderOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled as in AdamW, or (``decoupled_weight_decay=False``) added to the gradient first.
         precondition_frequency, refresh_delay, stagger, gather_frequency, statistics_frequency,
-            start_preconditioning_step: when bases are computed and used, see :class:`Shampoo`.
+            start_preconditioning_step: when bases are computed and used, see :class:`Shampoo`; the same defaults.
         max_preconditioner_dim, merge_dims, precondition_1d, one_sided_above, overrides: how parameters are cut into
             blocks, see :class:`Shampoo`. A tall parameter is rotated along its short side alone.
         basis: ``"eigh"`` is a whole decomposition, by the workers; ``"qr"`` (from the second basis on) one power
             iteration from the current basis and a QR decomposition, on the parameters' device in the step itself: for
-            GPUs, and for intervals of about ten. On a CPU it costs as much as a whole decomposition (measured). Its
-            ridge, 1e-5 of the largest eigenvalue (1e-3 in float32), keeps the basis where statistics have no rank.
+            GPUs, with ``precondition_frequency=10`` or so, since one iteration goes no further. On a CPU it costs as
+            much as a whole decomposition (measured). Its ridge, 1e-5 of the largest eigenvalue (1e-3 in float32), keeps
+            the basis where statistics have no rank.
         nonfinite, exchange_bucket_bytes, collective_timeout, workers: see :class:`Shampoo`.
-        compute_dtype: of the bases and the rotations; None is float32, or float64 for float64 parameters.
+        compute_dtype: of the bases and the rotations, see :class:`Shampoo`; the second moment stays in float32.
 
     Raises:
         ValueError: an option out of range (named with its value), or nothing to precondition.
@@ -61,26 +62,29 @@ class SOAP(SecondOrderOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
-        precondition_frequency: int | Interval | Mapping[str, Any] = 20,
+        precondition_frequency: int | Interval | Mapping[str, Any] = GROWING,
         refresh_delay: int | None = None,
         stagger: bool = True,
         gather_frequency: int | None = None,
-        statistics_frequency: int = 1,
+        statistics_frequency: int | None = None,
         start_preconditioning_step: int | None = None,
-        max_preconditioner_dim: int = 1024,
+        max_preconditioner_dim: int = 512,
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
         nonfinite: str = "skip",
         exchange_bucket_bytes: int = 2**25,
         collective_timeout: float | None = None,
-        compute_dtype: torch.dtype | str | None = None,
+        compute_dtype: torch.dtype | str | None = "auto",
         basis: str = "eigh",
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:
+        interval = Interval.parse(precondition_frequency)
+        if start_preconditioning_step is None:
+            start_preconditioning_step = first_refresh(interval)
         options = ShampooOptions.parse(
-            precondition_frequency=precondition_frequency,
+            precondition_frequency=interval,
             # a QR step is taken where the current basis is, so there is nothing to wait for
             refresh_delay=0 if basis == "qr" and refresh_delay is None else refresh_delay,
             basis=basis,

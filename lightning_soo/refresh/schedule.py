@@ -18,6 +18,9 @@ from lightning_soo.placement.costs import refresh_milliseconds
 _FIRST_GRADIENTS = 8
 # stale roots cost progress early, when statistics change fast (benchmarks/NOTES.md)
 GROWING: Mapping[str, float] = {"first": 5, "growth": 1.3, "max": 100}
+# roots of four gradients and fewer end a short run worse, later ones leave more steps to the graft alone
+# (benchmarks/NOTES.md)
+_FIRST_REFRESH = 5
 # share of an interval in which background work has to be done; roots that wait longer are staler for nothing
 _DELAY_SHARE = 8
 
@@ -91,6 +94,11 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.first}, growing x {self.growth:g} to {self.max}" if self.grows else str(self.max)
+
+
+def first_refresh(interval: Interval) -> int:
+    """Step of the first refresh where none is asked for: 5, or the first interval where that is shorter."""
+    return min(_FIRST_REFRESH, interval.first)
 
 
 @dataclass(frozen=True, kw_only=True)
