@@ -38,8 +38,8 @@ class Shampoo(SecondOrderOptimizer):
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
-            short and grows, since stale roots cost progress early: the default is 5, 6, 8, 11 and so on up to 100,
-            after 376 steps.
+            short and grows, since stale roots cost progress early: the default is 5, 6, 7, 9 and so on up to 100,
+            after 533 steps.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
             executor; 0 is synchronous. None is an eighth of the interval (while it grows, of the one around that
             step), except for the very first refresh, which is used at once: until then the graft alone moves.
