@@ -150,8 +150,9 @@ def profile(task: Task, make: Callable[[nn.Module], Any]) -> tuple[Profile, int,
     """
     net = task.model()
     optimizer = make(net)
-    longest = optimizer.options.precondition_frequency.max
-    grown = 10 + 4 * longest if optimizer.options.precondition_frequency.grows else 2 * longest
+    interval = optimizer.options.precondition_frequency
+    longest = interval.max
+    grown = optimizer.options.start + sum(interval.short_lengths()) + longest
     found = Profile()
 
     def steps(first: int, last: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_soo.refresh.schedule import GROWING
 
-# the defaults as they are once the interval has grown, from the first step on: to wait for it takes 400 steps
+# the defaults as they are once the interval has grown, from the first step on: to wait for it takes 500 steps
 GROWN: dict[str, Any] = {"precondition_frequency": int(GROWING["max"])}
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero-2")
 Make = Callable[[nn.Module], Any]
