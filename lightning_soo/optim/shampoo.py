@@ -123,8 +123,6 @@ class Shampoo(SecondOrderOptimizer):
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:
         interval = Interval.parse(precondition_frequency)
-        if start_preconditioning_step is None:
-            start_preconditioning_step = first_refresh(interval)
         options = ShampooOptions.parse(
             preconditioner_eps=preconditioner_eps,
             relative_eps=relative_eps,
@@ -134,7 +132,7 @@ class Shampoo(SecondOrderOptimizer):
             stagger=stagger,
             gather_frequency=gather_frequency,
             statistics_frequency=statistics_frequency,
-            start_preconditioning_step=start_preconditioning_step,
+            start_preconditioning_step=first_refresh(interval, start_preconditioning_step),
             max_preconditioner_dim=max_preconditioner_dim,
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,

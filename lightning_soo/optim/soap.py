@@ -81,8 +81,6 @@ class SOAP(SecondOrderOptimizer):
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:
         interval = Interval.parse(precondition_frequency)
-        if start_preconditioning_step is None:
-            start_preconditioning_step = first_refresh(interval)
         options = ShampooOptions.parse(
             precondition_frequency=interval,
             # a QR step is taken where the current basis is, so there is nothing to wait for
@@ -91,7 +89,7 @@ class SOAP(SecondOrderOptimizer):
             stagger=stagger,
             gather_frequency=gather_frequency,
             statistics_frequency=statistics_frequency,
-            start_preconditioning_step=start_preconditioning_step,
+            start_preconditioning_step=first_refresh(interval, start_preconditioning_step),
             max_preconditioner_dim=max_preconditioner_dim,
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,

@@ -96,9 +96,9 @@ class Interval:
         return f"{self.first}, growing x {self.growth:g} to {self.max}" if self.grows else str(self.max)
 
 
-def first_refresh(interval: Interval) -> int:
-    """Step of the first refresh where none is asked for: 5, or the first interval where that is shorter."""
-    return min(_FIRST_REFRESH, interval.first)
+def first_refresh(interval: Interval, asked: int | None) -> int:
+    """Step of the first refresh: as asked for, else 5, or the first interval where that is shorter."""
+    return min(_FIRST_REFRESH, interval.first) if asked is None else asked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ def second_order_options(settings: Settings, workers: str) -> dict[str, Any]:
         return {}
     names = ("max_preconditioner_dim", "statistics_frequency", "precondition_frequency")
     options = {name: getattr(settings, name) for name in names}
-    options |= {"start_preconditioning_step": settings.start_preconditioning_step or None, "workers": workers}
+    start = settings.start_preconditioning_step or settings.precondition_frequency
+    options |= {"start_preconditioning_step": start, "workers": workers}
     # as the committed tables were measured
     options |= {"refresh_delay": settings.precondition_frequency, "compute_dtype": "float32"}
     if settings.optimizer == "shampoo":

@@ -239,6 +239,8 @@ def test_the_callback_takes_over_what_the_options_say(on_path):
         assert optimizer.defaults["betas"][1] == 0.9
         if name == "shampoo":
             assert optimizer.options.grafting == grafting and optimizer.options.precondition_frequency.max == 7
+        if name != "sonew":
+            assert optimizer.options.start == 7  # "0 for the interval"
     assert optimizers.second_order_callbacks(named.Settings(), "inline") == []
 
 
