@@ -12,6 +12,7 @@ import torch
 from lightning_soo.checkpoint.manifest import FORMAT
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.preconditioners.stacks import apart
 from lightning_soo.transport import Transport
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ class BlockStore:
                 "diagnostics": dict(block.diagnostics),
             }
             if block.roots is not None:
-                entry["roots"] = list(block.roots)
+                entry["roots"] = [apart(root) for root in block.roots]
             if block.statistics is not None:
                 entry["statistics"] = block.statistics.state_dict()
             if isinstance(block, EigenbasisBlock) and block.second_moment is not None:
-                entry["moments"] = {"second": block.second_moment, "weight": block.second_moment_weight}
+                entry["moments"] = {"second": apart(block.second_moment), "weight": block.second_moment_weight}
             blocks[key] = entry
         flights = []
         for flight in self._refresher.in_flight if self._refresher is not None else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lightning_soo.optim import grafting
 from lightning_soo.optim.assembly import Source
 from lightning_soo.optim.members import Member
 from lightning_soo.optim.stateful import StatefulOptimizer
+from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.preconditioners.stacks import Stack
 
 _ZERO = torch.tensor(0.0, dtype=torch.float64)  # of ranks that have nothing to add
 
@@ -50,16 +52,33 @@ class DirectedOptimizer(StatefulOptimizer):
             else:
                 grafts |= self._squares(member, graft)
             filtered_of[id(member)] = filtered
-            self._precondition_whole_blocks(member, filtered)
+        moving = [(member, filtered_of[id(member)]) for member in members if id(member) in filtered_of]
+        self._precondition_whole_blocks(moving)
         self._precondition_travellers(part, filtered_of)
         self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
 
-    def _precondition_whole_blocks(self, member: Member, filtered: Tensor) -> None:
-        """Blocks that lie in this rank's fragment: straight from the filter to the gradient's storage."""
+    def _precondition_whole_blocks(self, moving: Sequence[tuple[Member, Tensor]]) -> None:
+        """Blocks that lie in this rank's fragments: straight from the filter to the gradient's storage."""
+        left = {id(member): list(self._stacks.alone[id(member)]) for member, _ in moving}
+        rows = [(m, filtered) for m, filtered in moving if m.gradient.is_contiguous() and filtered.is_contiguous()]
+        sources = {id(member): filtered for member, filtered in rows}
+        targets = {id(member): member.gradient for member, _ in rows}
+        for stack in self._stacks.tiled:
+            if not stack.precondition(sources, targets):
+                for tile in stack.tiles:
+                    if id(tile.member) in left:
+                        left[id(tile.member)] += tile.blocks
+        for member, filtered in moving:
+            self._precondition_alone(member, filtered, left[id(member)])
+
+    def _precondition_alone(self, member: Member, filtered: Tensor, blocks: Sequence[KroneckerBlock]) -> None:
+        """One block after the other."""
+        if not blocks:
+            return
         source = filtered.contiguous()
         in_place = member.gradient.is_contiguous()
         target = member.gradient if in_place else member.gradient.contiguous()
-        for block in member.whole_blocks:
+        for block in blocks:
             view = member.view(target, block.block.ranges)  # the gradient, until the direction overwrites it
             view.copy_(block.precondition(member.view(source, block.block.ranges), view, member.group))
         if not in_place:
@@ -79,17 +98,35 @@ class DirectedOptimizer(StatefulOptimizer):
         if self.block_class.needs_gradient:
             sources.append(lambda member: member.gradient if id(member) in filtered_of else None)
         for bucket, *units in self._assembly.arrive(part, moves, sources):
-            directions = {}
-            for traveller in bucket.travellers:
-                member = self._members[traveller.parameter]
-                if traveller.key in units[0] and moves(member):
-                    block = self._refresher.blocks[traveller.key]
-                    given = [assembled[traveller.key] for assembled in units]
-                    directions[traveller.key] = block.precondition(
-                        given[0], given[-1] if block.needs_gradient else None, member.group
-                    )
-            self._assembly.give_back(bucket, directions, target)
+            here = {t.key: self._members[t.parameter] for t in bucket.travellers if t.key in units[0]}
+            stacks = self._stacks.of_units(bucket, [(self._refresher.blocks[key], m) for key, m in here.items()])
+            moving = {key: member for key, member in here.items() if moves(member)}
+            self._assembly.give_back(bucket, self._directions_of(moving, stacks, units), target)
         self._assembly.finish(target)
+
+    def _directions_of(
+        self, moving: Mapping[str, Member], stacks: Sequence[Stack], units: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Of units that were assembled here, by key.
+
+        Args:
+            units: running means, and gradients where they are needed.
+        """
+        assert self._refresher is not None
+        found: dict[str, Tensor] = {}
+        for stack in stacks:
+            keys = [block.block.key for block in stack.blocks]
+            if all(key in moving for key in keys) and stack.gather():
+                given = [torch.stack([assembled[key] for key in keys]) for assembled in units]
+                directions = stack.precondition(
+                    given[0], given[-1] if self.block_class.needs_gradient else None, moving[keys[0]].group
+                )
+                found |= dict(zip(keys, directions, strict=True))
+        for key in moving.keys() - found.keys():
+            block = self._refresher.blocks[key]
+            given = [assembled[key] for assembled in units]
+            found[key] = block.precondition(given[0], given[-1] if block.needs_gradient else None, moving[key].group)
+        return found
 
     def _squares(self, member: Member, local: Tensor) -> dict[tuple[str, str], Tensor]:
         """Sums of squares of this rank's elements, of the parameter or of each of its blocks."""

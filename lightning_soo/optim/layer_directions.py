@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class LayerDirections(SecondOrderOptimizer):
         super()._precondition(part, members)
         self._clip(part, [member for member in members if member.is_ready and member.graft is None])
 
-    def _precondition_whole_blocks(self, member: Member, filtered: Tensor) -> None:
+    def _precondition_whole_blocks(self, moving: Sequence[tuple[Member, Tensor]]) -> None:
         """Nothing by itself: a weight waits for its bias."""
 
     def _precondition_travellers(self, part: int, filtered_of: dict[int, Tensor]) -> None:

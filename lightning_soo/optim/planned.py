@@ -18,6 +18,7 @@ from lightning_soo.optim.members import Member, make_members
 from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_repeated, validate_group
 from lightning_soo.optim.plannable import PlannableOptimizer
 from lightning_soo.optim.refreshing import Refresher, make_schedule
+from lightning_soo.optim.stacking import Stacks
 from lightning_soo.placement.adapters.names import group_parameters
 from lightning_soo.placement.costs import refresh_milliseconds
 from lightning_soo.placement.layout import Layout
@@ -53,6 +54,7 @@ class PlannedOptimizer(PlannableOptimizer):
         self._plan: Plan | None = None
         self._members: list[Member] = []
         self._assembly: Assembly | None = None
+        self._stacks = Stacks()
         self._signature: tuple[object, ...] = ()
         self._refresher: Refresher | None = None
         self._executor_reason = ""
@@ -146,6 +148,7 @@ class PlannedOptimizer(PlannableOptimizer):
         layout = replace(layout, shard_group=None)  # held by the transport, or nobody
         self._plan, self._layout, self._members, self._refresher = plan, layout, members, refresher
         self._assembly = Assembly(plan, members, in_copy)
+        self._stacks = Stacks(members if self.block_class.stackable else ())
         self._signature = self._current_signature()
         self._store.install(members, refresher)
 

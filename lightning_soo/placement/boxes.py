@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 Box = tuple[tuple[int, int], ...]
 
@@ -74,3 +76,20 @@ def within(inner: Box, outer: Box) -> Box:
 def slices(box: Box) -> tuple[slice, ...]:
     """For indexing."""
     return tuple(slice(start, stop) for start, stop in box)
+
+
+def tiled(boxes: Sequence[Box]) -> tuple[Box, tuple[int, ...]] | None:
+    """The box that equal boxes tile, and how many there are in each dimension; None if they do not.
+
+    Args:
+        boxes: of one shape, different from each other, in row-major order.
+    """
+    whole = tuple((min(s for s, _ in sides), max(s for _, s in sides)) for sides in zip(*boxes, strict=True))
+    sizes = [stop - start for start, stop in boxes[0]]
+    counts = tuple((stop - start) // size for (start, stop), size in zip(whole, sizes, strict=True))
+    places = [
+        tuple(divmod(start - corner, size) for (start, _), (corner, _), size in zip(box, whole, sizes, strict=True))
+        for box in boxes
+    ]
+    expected = [tuple((place, 0) for place in row) for row in itertools.product(*map(range, counts))]
+    return (whole, counts) if places == expected else None

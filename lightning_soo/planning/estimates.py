@@ -13,6 +13,7 @@ import torch
 from lightning_soo.optim import grafting
 from lightning_soo.optim.options import SONewOptions
 from lightning_soo.optim.planned import PlannedOptimizer
+from lightning_soo.optim.stacking import LARGEST_STACK
 from lightning_soo.placement.costs import (
     apply_flops,
     apply_passes,
@@ -32,7 +33,8 @@ PASSES = 16
 PASSES_OF_ADAM = 7
 # passes over a whole band in SONew's step, beside those
 _BAND_PASSES = 3
-# small operations of a step by parameter, and by block that is applied or kept here
+# small operations by parameter in a step, by block (or tile of equal ones) that is applied in a step, and by block that
+# is kept in an update of the statistics
 _PARAMETER_OPERATIONS, _BLOCK_OPERATIONS = 30, 12
 
 
@@ -106,7 +108,9 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
         passes = apply_passes(optimizer.method, getattr(options, "damping_method", "exact"))
     statistics, applied = np.zeros(plan.ranks), np.zeros(plan.ranks)
     flops, core = np.zeros(plan.ranks), np.zeros(plan.ranks)
-    blocks = np.zeros(plan.ranks)
+    kept, applied_apart = np.zeros(plan.ranks), np.zeros(plan.ranks)
+    stackable = optimizer.block_class.stackable
+    tiles: dict[tuple[tuple[int, ...], str, tuple[int, ...]], int] = {}  # elements
     known: dict[tuple[object, ...], tuple[float, float, float, float]] = {}
     at_homes: dict[tuple[int, ...], list[float]] = {}
     for unit in plan.units:
@@ -119,15 +123,21 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
             )
         found = known[kind]
         statistics[unit.place.keeper] += found[0]
-        blocks[unit.place.keeper] += 1
+        kept[unit.place.keeper] += 1
         flops[unit.refresher] += found[2]
         core[unit.refresher] += found[3]
         sums = at_homes.setdefault(unit.homes, [0.0, 0.0])
         sums[0] += found[1]
-        sums[1] += 1
+        if stackable and not unit.place.travels:
+            tile = unit.homes, unit.block.parameter, unit.block.shape
+            tiles[tile] = tiles.get(tile, 0) + math.prod(unit.block.shape)
+        else:
+            sums[1] += 1
+    for (homes, _, _), size in tiles.items():
+        at_homes[homes][1] += math.ceil(size / LARGEST_STACK)
     for homes, (work, count) in at_homes.items():
         applied[list(homes)] += work
-        blocks[list(homes)] += count
+        applied_apart[list(homes)] += count
     elements = _elements(plan)
     memory = _memory(optimizer, plan, elements)
     widths = np.array([parameter.spec.dtype.itemsize for parameter in plan.parameters], dtype=np.float64)
@@ -144,7 +154,8 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
         refresh_flops=flops,
         core_seconds=core,
         elementwise_bytes=moved,
-        operations=_PARAMETER_OPERATIONS * (elements > 0).sum(axis=1) + _BLOCK_OPERATIONS * blocks,
+        operations=_PARAMETER_OPERATIONS * (elements > 0).sum(axis=1)
+        + _BLOCK_OPERATIONS * (applied_apart + kept / options.statistics_frequency),
         flows=tuple(flows(optimizer, plan, without_gradient)),
         interval=options.precondition_frequency.max,
         statistics_frequency=options.statistics_frequency,

@@ -8,7 +8,7 @@ its running mean and ``Q`` the eigenvectors of Shampoo's statistics. ``M`` is ke
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -95,6 +95,16 @@ class EigenbasisBlock(KroneckerBlock):
             result_bytes=sum(8 * matrix.numel() for matrix in statistics.matrices),
         )
 
+    def working_state(self) -> tuple[Sequence[Tensor], float] | None:
+        """The bases and the second moment, and the sum of the weights in that."""
+        if self.roots is None or self.second_moment is None:
+            return None
+        return [*self.roots, self.second_moment], self.second_moment_weight
+
+    def set_working_state(self, tensors: Sequence[Tensor], number: float) -> None:
+        *self.roots, self.second_moment = tensors
+        self.second_moment_weight = number
+
     def precondition(
         self, filtered: Tensor, gradient: Tensor | None = None, group: Mapping[str, Any] | None = None
     ) -> Tensor:
@@ -114,5 +124,5 @@ class EigenbasisBlock(KroneckerBlock):
         """Into the basis, ``Q^T X Q``, or out of it; as it is where there is none yet."""
         if self.roots is None:
             return tensor
-        bases = [basis.T if forward else basis for basis in self.roots]
+        bases = [basis.mT if forward else basis for basis in self.roots]
         return multiply(tensor.to(self.compute_dtype), self.block.dims, bases)

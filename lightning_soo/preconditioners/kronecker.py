@@ -105,10 +105,12 @@ class KroneckerBlock:
         observations: how many gradients were seen; known on every rank.
         refreshed_observations: how many the last refresh had seen.
         ready: whether roots are in use, wherever the block lives; known on every rank.
+        stackable: whether :meth:`precondition` also takes a stack of equal blocks, with stacks of their roots.
         needs_gradient: whether :meth:`precondition` wants the gradient beside its running mean.
         roots: as :meth:`root_layouts` says where the block is applied, None before the first are in.
     """
 
+    stackable: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     block: Block
     exponent: float
@@ -172,6 +174,14 @@ class KroneckerBlock:
         """What a refresh gives where no worker is needed for it, else None."""
         return None
 
+    def working_state(self) -> tuple[Sequence[Tensor], float] | None:
+        """What :meth:`precondition` reads and writes: tensors, and a number; None while there is no root."""
+        return None if self.roots is None else (self.roots, 0.0)
+
+    def set_working_state(self, tensors: Sequence[Tensor], number: float) -> None:
+        """As :meth:`working_state` gives it; of a stack, tensors have one dimension more."""
+        self.roots = list(tensors)
+
     def precondition(
         self, filtered: Tensor, gradient: Tensor | None = None, group: Mapping[str, Any] | None = None
     ) -> Tensor:
@@ -189,13 +199,16 @@ def multiply(x: Tensor, dims: Sequence[int], matrices: Sequence[Tensor], *, symm
     """Multiply along each of ``dims``: ``M @ unfold_dim(x)``.
 
     Args:
+        x: one block, or a stack of them with the stacks of their matrices.
         symmetric: whether all matrices are, exactly: a CPU's bfloat16 product of two matrices as they lie in memory is
             an eighth faster than one with a transposed matrix.
     """
     for dim, matrix in zip(dims, matrices, strict=True):
-        if x.ndim == 2:
-            x = matrix @ x if dim == 0 else x @ (matrix if symmetric else matrix.T)
+        first = matrix.ndim - 2  # 1 in a stack
+        if x.ndim - first == 2:
+            x = matrix @ x if dim == 0 else x @ (matrix if symmetric else matrix.mT)
         else:
-            moved = x.movedim(dim, 0)
-            x = (matrix @ moved.reshape(matrix.shape[0], -1)).reshape(moved.shape).movedim(0, dim)
+            moved = x.movedim(first + dim, first)
+            unfolded = moved.reshape(*moved.shape[: first + 1], -1)
+            x = (matrix @ unfolded).reshape(moved.shape).movedim(first, first + dim)
     return x

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class LayerFactorsBlock(KroneckerBlock):
         damping: ``lambda``, as it is now; the exact form takes it at every step, ``"pi"`` at a refresh.
     """
 
+    stackable: ClassVar[bool] = False
     damping: float = 0.0
 
     @property
