@@ -195,7 +195,7 @@ def _new_block(
 ) -> KroneckerBlock:
     return block_class(
         block=unit.block,
-        exponent=options.exponent_override or 2.0 * len(unit.block.dims),
+        exponent=options.exponent(unit.block),
         compute_dtype=options.root_dtype(spec.dtype, unit.block, fast_bfloat16=fast_bfloat16),
         statistics_dtype=options.statistics_dtype(spec.dtype),
         device=to_local(fragment.tensor).device,

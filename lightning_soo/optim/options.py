@@ -26,6 +26,7 @@ GRAFT_NORMS = ("parameter", "block")
 NONFINITE = ("skip", "raise")
 BASES = ("eigh", "qr")
 AUTOMATIC = "auto"
+PAPERS_EXPONENT = "2k"
 # below this a product takes longer in bfloat16: 64 x 64 has 1e6 flops, 256 x 256 has 7e7
 _BFLOAT16_FLOPS = 1e7
 # what a parameter group may set for itself; everything else belongs to the optimizer (or to `overrides`)
@@ -59,7 +60,7 @@ class ShampooOptions:
     merge_dims: str = "kernel"
     precondition_1d: bool = False
     one_sided_above: int | None = None
-    exponent_override: float | None = None
+    exponent_override: float | str | None = None
     grafting: str | None = "adam"
     grafting_beta2: float | None = None
     grafting_norm: str = "parameter"
@@ -109,8 +110,12 @@ class ShampooOptions:
         require_timeout(self.collective_timeout)
         if not self.preconditioner_eps >= 0:
             raise ValueError(f"preconditioner_eps={self.preconditioner_eps}: must be at least 0")
-        if self.exponent_override is not None and not self.exponent_override > 0:
-            raise ValueError(f"exponent_override={self.exponent_override}: the p of A^(-1/p) must be above 0")
+        override = self.exponent_override
+        if isinstance(override, str):
+            if override != PAPERS_EXPONENT:
+                raise ValueError(f"exponent_override={override!r}{nearest(override, [PAPERS_EXPONENT])}, or a number")
+        elif override is not None and not override > 0:
+            raise ValueError(f"exponent_override={override}: the p of A^(-1/p) must be above 0")
         if self.grafting_beta2 is not None and not 0 <= self.grafting_beta2 <= 1:
             raise ValueError(f"grafting_beta2={self.grafting_beta2}: must be in [0, 1]")
         for name, choices in (
@@ -142,6 +147,18 @@ class ShampooOptions:
             precondition_1d=self.precondition_1d,
             one_sided_above=self.one_sided_above,
         )
+
+    def exponent(self, block: Block) -> float:
+        """``p`` of the roots ``A^(-1/p)`` of a block.
+
+        With ``k`` preconditioned dimensions the papers have ``2 k``, for which regret has a bound (Gupta et al. 2018),
+        and the best approximation of full-matrix Adagrad by a Kronecker product has 2 (Morwani et al. 2024). None lies
+        in the middle.
+        """
+        dimensions = len(block.dims)
+        if self.exponent_override is None:
+            return 1.0 + dimensions
+        return 2.0 * dimensions if isinstance(self.exponent_override, str) else self.exponent_override
 
     def statistics_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64 parameters: squares of half-precision numbers need the range."""

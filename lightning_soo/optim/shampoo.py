@@ -59,7 +59,8 @@ class Shampoo(SecondOrderOptimizer):
         one_sided_above: a longer dimension has no preconditioner, so that a vocabulary is one-sided: ``G R^(-1/2)``.
             None is 16384, or ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of
             ``nn.Embedding`` never has one when the model is known.
-        exponent_override: ``p`` of ``A^(-1/p)``; None is twice the number of preconditioned dimensions.
+        exponent_override: ``p`` of ``A^(-1/p)``; ``"2k"`` is the papers', twice the number ``k`` of preconditioned
+            dimensions; None is ``k + 1`` (3 for a matrix), with which the same steps end lower.
         grafting: whose step size is used: None, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``,
             ``"adagrad_normalized"``, ``"rmsprop_normalized"`` (of the gradient divided by its norm).
         grafting_beta2: decay of the graft's second moment; None is ``betas[1]``.
@@ -111,7 +112,7 @@ class Shampoo(SecondOrderOptimizer):
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
-        exponent_override: float | None = None,
+        exponent_override: float | str | None = None,
         grafting: str | None = "adam",
         grafting_beta2: float | None = None,
         grafting_norm: str = "parameter",

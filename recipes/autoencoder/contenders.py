@@ -48,7 +48,7 @@ CONTENDERS = {
     "Adafactor": Contender(lambda p, lr: torch.optim.Adafactor(p, lr), 1e-2),
     "SONew, diagonal": Contender(lambda p, lr: SONew(p, lr, betas=BETAS, bandwidth=0), 1e-3),
     "SONew, tridiagonal": Contender(lambda p, lr: SONew(p, lr, betas=BETAS), 3e-3),
-    "Shampoo": Contender(lambda p, lr: Shampoo(p, lr, **REFRESHED), 1e-3),
+    "Shampoo": Contender(lambda p, lr: Shampoo(p, lr, exponent_override="2k", **REFRESHED), 1e-3),
     "SOAP": Contender(lambda p, lr: SOAP(p, lr, **REFRESHED), 1e-3),
     "SONew, band 4": Contender(lambda p, lr: SONew(p, lr, betas=BETAS, bandwidth=4), 3e-3),
 }

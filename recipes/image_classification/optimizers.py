@@ -39,7 +39,7 @@ def second_order_options(settings: Settings, workers: str) -> dict[str, Any]:
     # as the committed tables were measured
     options |= {"refresh_delay": settings.precondition_frequency, "compute_dtype": "float32"}
     if settings.optimizer == "shampoo":
-        options["preconditioner_eps"] = settings.preconditioner_eps
+        options |= {"preconditioner_eps": settings.preconditioner_eps, "exponent_override": "2k"}
         if settings.grafting == "sgd":  # which says nothing of it
             options["betas"] = (0.0, settings.beta2)
     return options

@@ -156,6 +156,7 @@ def shampoo(model: nn.Module, seed: int, lr: float, preconditioner_eps: float) -
         refresh_delay=0,
         stagger=False,
         start_preconditioning_step=2,
+        exponent_override="2k",
         workers="inline",
     )
 

@@ -509,7 +509,7 @@ def test_row_56_zero_settings_are_honoured(method: str) -> None:
         parameter, gradient = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64)), randoms(5, 5)
         optimizer = make(
             method, [parameter], lr=1.0, betas=(0.0, 0.0), preconditioner_eps=0.0, grafting=None,
-            precondition_frequency=1, start_preconditioning_step=1, refresh_delay=0,
+            precondition_frequency=1, start_preconditioning_step=1, refresh_delay=0, exponent_override="2k",
         )  # fmt: skip
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -529,6 +529,7 @@ REFUSED: dict[str, list[tuple[str, Any, str]]] = {
     "shampoo": [
         ("momentum", NAN, "nan"), ("dampening", NAN, "nan"), ("preconditioner_eps", NAN, "nan"),
         ("preconditioner_eps", -1.0, "-1.0"), ("exponent_override", NAN, "nan"), ("grafting_beta2", NAN, "nan"),
+        ("exponent_override", "k", "did you mean '2k'"),
         ("precondition_frequency", 0, "0"), ("refresh_delay", -1, "-1"), ("max_preconditioner_dim", 0, "0"),
         ("grafting", "adan", "did you mean 'adam'"),
     ],

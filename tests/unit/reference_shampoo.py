@@ -36,7 +36,7 @@ class ReferenceShampoo:
     refresh_delay: int = 0
     statistics_frequency: int = 1
     start_preconditioning_step: int = 1
-    exponent_override: float | None = None
+    exponent_override: float | str | None = None
     grafting: str | None = "adam"
     grafting_beta2: float | None = None
     t: int = 0
@@ -65,7 +65,7 @@ class ReferenceShampoo:
             self.weights = decay * self.weights + weight if beta2 < 1 else 1.0
         if self.t == start or (self.t > start and self.t % self.precondition_frequency == 0):
             correction = self.weights if self.use_bias_correction else 1.0
-            p = self.exponent_override or 4.0
+            p = {None: 3.0, "2k": 4.0}.get(self.exponent_override, self.exponent_override)
             self.waiting[self.t + self.refresh_delay] = tuple(
                 inverse_root(matrix / correction, p, self.preconditioner_eps, self.relative_eps)
                 for matrix in (self.left, self.right)

@@ -55,7 +55,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "refresh_delay": draw(st.integers(0, 6)),
         "statistics_frequency": draw(st.integers(1, 5)),
         "start_preconditioning_step": draw(st.integers(1, 14)),
-        "exponent_override": draw(st.sampled_from([None, 2.0, 8.0])),
+        "exponent_override": draw(st.sampled_from([None, "2k", 2.0, 8.0])),
         "grafting": draw(
             st.sampled_from(
                 [None, "sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized"],
@@ -74,11 +74,13 @@ def test_random_configurations(options: dict[str, Any]) -> None:
 def test_metas_conventions() -> None:
     """Filter before preconditioning, absolute eps, bias correction, decoupled decay; norms per block."""
     meta = {"lr": 0.02, "betas": (0.9, 0.99), "relative_eps": False, "weight_decay": 0.01, "grafting_beta2": 0.99}
+    meta["exponent_override"] = "2k"
     compare({**meta, "precondition_frequency": 3, "start_preconditioning_step": 3}, grafting_norm="block")
 
 
 def test_googles_conventions() -> None:
     """The raw gradient is preconditioned, momentum comes after grafting, nothing is corrected, relative eps."""
     google = {"lr": 0.02, "betas": (0.0, 0.999), "momentum": 0.9, "nesterov": True, "use_bias_correction": False}
+    google["exponent_override"] = "2k"
     for grafting in ("sgd", "adagrad", "rmsprop", "rmsprop_normalized"):
         compare({**google, "grafting": grafting, "precondition_frequency": 5, "start_preconditioning_step": 5})

@@ -24,6 +24,7 @@ COMMON = {
     "refresh_delay": 0,
     "stagger": False,
     "preconditioner_eps": 1e-6,
+    "exponent_override": "2k",
 }
 ADAM = {"lr": 0.02, "betas": (0.9, 0.99), "grafting": "adam", "grafting_beta2": 0.99, "eps": 1e-8}
 CONFIGS = {

@@ -24,12 +24,15 @@ def train(parameters: list[nn.Parameter], steps: list[list[torch.Tensor]], **opt
     return optimizer
 
 
+@pytest.mark.parametrize("exponent", [None, "2k"])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2), (3, 2, 2, 2), (2, 3, 2, 2, 2)])
-def test_any_order_against_einsum(shape: tuple[int, ...]) -> None:
+def test_any_order_against_einsum(shape: tuple[int, ...], exponent: str | None) -> None:
     """Every mode of the tensor has its own root: the direction of the last step, by numpy, mode by mode."""
     steps = gradients(shape, 4)
     parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     options = {"merge_dims": "none", "grafting": None, "betas": (0.0, 0.9), "lr": 1.0, "precondition_frequency": 1}
+    options["exponent_override"] = exponent
+    p = 2 * len(shape) if exponent else len(shape) + 1
     before = torch.zeros(shape, dtype=torch.float64)
     optimizer = train([parameter], [[g] for g in steps[:-1]], **options, start_preconditioning_step=1)
     before.copy_(parameter.detach())
@@ -41,7 +44,7 @@ def test_any_order_against_einsum(shape: tuple[int, ...]) -> None:
         total = sum(0.1 * 0.9 ** (len(steps) - 1 - s) * u @ u.T for s, u in enumerate(unfolded))
         statistic = total / (1 - 0.9 ** len(steps))
         values, vectors = np.linalg.eigh(statistic)
-        root = (vectors * (values + 1e-6 * values[-1]) ** (-1 / (2 * len(shape)))) @ vectors.T
+        root = (vectors * (values + 1e-6 * values[-1]) ** (-1 / p)) @ vectors.T
         expected = np.moveaxis(np.tensordot(root, expected, (1, mode)), 0, mode)
     found = (before - parameter.detach()).numpy()
     assert np.abs(found - expected).max() <= 1e-9 * np.abs(expected).max()
