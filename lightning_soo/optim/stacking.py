@@ -104,7 +104,7 @@ class Stacks:
                 else:
                     self.alone[id(member)].append(block)
             for kind, blocks in found.items():
-                key = kind, member.group_number, member.planned.spec.part
+                key = kind, _kind_of(member)
                 alike.setdefault(key, []).extend(_tiles(member, blocks))
         for tiles in alike.values():
             for together in _within(tiles, [len(tile.blocks) * volume(tile.blocks[0].block.ranges) for tile in tiles]):
@@ -120,7 +120,7 @@ class Stacks:
             alike: dict[Hashable, list[KroneckerBlock]] = {}
             for block, member in blocks:
                 if gains_by_stacking(block):
-                    alike.setdefault((kind_of(block), member.group_number), []).append(block)
+                    alike.setdefault((kind_of(block), _kind_of(member)), []).append(block)
             self._of_units[id(bucket)] = [
                 Stack(together)
                 for found in alike.values()
@@ -128,6 +128,11 @@ class Stacks:
                 if len(together) > 1
             ]
         return self._of_units[id(bucket)]
+
+
+def _kind_of(member: Member) -> Hashable:
+    """What members of one stack have in common."""
+    return member.group_number, member.planned.spec.part, member.planned.spec.dtype
 
 
 def _tiles(member: Member, blocks: Sequence[KroneckerBlock]) -> Iterator[Tile]:
