@@ -12,7 +12,7 @@ import lightning_soo
 
 COMMON = {"lr": 0.02, "precondition_frequency": 3, "workers": "inline"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "Shampoo": {**COMMON, "refresh_delay": 2, "max_preconditioner_dim": 8, "momentum": 0.5},
+    "Shampoo": {**COMMON, "refresh_delay": 2, "max_preconditioner_dim": 8, "momentum": 0.5, "exponent_override": "2k"},
     "SOAP": {**COMMON, "refresh_delay": 2, "max_preconditioner_dim": 8},
     "SONew": {"lr": 0.02, "bandwidth": 1},
     "KFAC": {**COMMON, "refresh_delay": 2, "statistics_frequency": 1, "momentum": 0.9},
