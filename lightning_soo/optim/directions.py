@@ -122,10 +122,12 @@ class DirectedOptimizer(StatefulOptimizer):
                     given[0], given[-1] if self.block_class.needs_gradient else None, moving[keys[0]].group
                 )
                 found |= dict(zip(keys, directions, strict=True))
-        for key in moving.keys() - found.keys():
+        for key, member in moving.items():
+            if key in found:
+                continue
             block = self._refresher.blocks[key]
             given = [assembled[key] for assembled in units]
-            found[key] = block.precondition(given[0], given[-1] if block.needs_gradient else None, moving[key].group)
+            found[key] = block.precondition(given[0], given[-1] if block.needs_gradient else None, member.group)
         return found
 
     def _squares(self, member: Member, local: Tensor) -> dict[tuple[str, str], Tensor]:
