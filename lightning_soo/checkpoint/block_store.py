@@ -12,6 +12,7 @@ import torch
 from lightning_soo.checkpoint.manifest import FORMAT
 from lightning_soo.preconditioners.eigenbasis import EigenbasisBlock
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
+from lightning_soo.preconditioners.signal import GradientSignal
 from lightning_soo.preconditioners.stacks import apart
 from lightning_soo.transport import Transport
 
@@ -63,6 +64,7 @@ class BlockStore:
                 "refreshed_observations": block.refreshed_observations,
                 "failures": block.failures,
                 "ready": block.ready,
+                "signal": {"common": block.signal.common, "energy": block.signal.energy},
                 "diagnostics": dict(block.diagnostics),
             }
             if block.roots is not None:
@@ -194,6 +196,7 @@ class BlockStore:
             block.diagnostics = dict(entry["diagnostics"])
             has_roots, is_home = "roots" in entry, refresher.rank in refresher.places[key].homes
             block.ready = bool(entry["ready"])
+            block.signal = GradientSignal(**entry.get("signal", {}))  # format 1 began without
             block.roots = None
             if isinstance(block, EigenbasisBlock):
                 block.second_moment = None

@@ -32,6 +32,19 @@ def squared_norm(tensor: Tensor) -> Tensor:
     return norm.square()
 
 
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of the products of two tensors' elements, laid out alike, as :func:`squared_norm` has it of one."""
+    dense = first.is_contiguous() and second.is_contiguous()
+    if dense and first.device.type == "cpu" and first.numel() <= _DOT_ELEMENTS and first.dtype == second.dtype:
+        total = torch.dot(first.view(-1), second.view(-1)).to(torch.float64)
+        if _SAFE[0] < abs(float(total)) < _SAFE[1]:
+            return total
+    flat = [tensor.flatten() for tensor in (first, second)]
+    pieces = zip(*(torch.split(tensor, _DOT_ELEMENTS) for tensor in flat), strict=True)
+    sums = [torch.dot(one.double(), other.double()) for one, other in pieces]
+    return torch.stack(sums).sum() if sums else first.new_zeros((), dtype=torch.float64)
+
+
 def largest_magnitude(tensor: Tensor) -> Tensor:
     """Largest absolute element as a float64 scalar; Inf where any element is NaN or infinite."""
     smallest, largest = torch.aminmax(tensor)

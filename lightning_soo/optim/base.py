@@ -158,6 +158,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
         if not self._refresher.schedule.observes(self.steps):
             return
         self._refresher.background.fence()
+        self._watch_signal(members)
         interval = self.steps - self._refresher.schedule.observed_before(self.steps)
         for member in members:
             decay, weight = member.weights(interval)
@@ -225,6 +226,9 @@ class SecondOrderOptimizer(DirectedOptimizer):
         scales = [member.scale for member in self._members if member.is_ready]
         if scales and self.options.grafting_norm == "parameter" and self.options.grafting is not None:
             figures["graft_ratio"] = sum(scales) / len(scales)
+        shares = [member.blocks[0].signal.share for member in self._members if member.watches_signal]
+        if shares:
+            figures["signal_share"] = sum(shares) / len(shares)
         if blocks:
             figures |= {
                 "condition_number": max(block.diagnostics["condition_number"] for block in blocks),

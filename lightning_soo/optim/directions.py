@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_soo.linalg.norms import squared_norm
+from lightning_soo.linalg.norms import inner_product, squared_norm
 from lightning_soo.optim import grafting
 from lightning_soo.optim.assembly import Source
 from lightning_soo.optim.members import Member
@@ -141,7 +141,24 @@ class DirectedOptimizer(StatefulOptimizer):
             found[member.name, block.block.key] = sum(squares, _ZERO) if member.counts else _ZERO
         return found
 
-    def _totals(self, squares: Sequence[Tensor]) -> list[float]:
+    def _watch_signal(self, members: Sequence[Member]) -> None:
+        """Compare gradients with the running means of those before them, where an exponent depends on it."""
+        watched = [member for member in members if member.watches_signal]
+        sums: list[Tensor] = []
+        for member in watched:
+            local, gradient = member.local_state(self.state[member.tensor]), member.gradient
+            mean, step = local.get("exp_avg"), float(local["step"])
+            if mean is None or step == 0.0 or not member.counts or gradient.numel() == 0:
+                sums += [_ZERO, _ZERO]
+                continue
+            correction = 1.0 - float(member.group["betas"][0]) ** step
+            sums += [inner_product(mean, gradient) / correction, squared_norm(gradient)]
+        totals = self._totals(sums, "the gradients' signal")
+        for member, common, energy in zip(watched, totals[::2], totals[1::2], strict=True):
+            for block in member.blocks:
+                block.signal.observe(common, energy)
+
+    def _totals(self, squares: Sequence[Tensor], purpose: str = "the norms") -> list[float]:
         """Sums over the ranks that share one copy of the model; the same bits on all ranks."""
         if not squares:
             return []
@@ -149,7 +166,7 @@ class DirectedOptimizer(StatefulOptimizer):
         device = next((value.device for value in squares if value.device != _ZERO.device), _ZERO.device)
         values = torch.stack([value.to(device) for value in squares])
         if self._plan is not None and self._plan.table.shards > 1:
-            values = self._transport.total(values, "the norms")
+            values = self._transport.total(values, purpose)
         return values.tolist()
 
     def _gradient_norms(self, members: list[Member]) -> dict[str, float]:

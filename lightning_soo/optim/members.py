@@ -77,6 +77,11 @@ class Member:
         return bool(needed) and all(block.ready for block in needed)
 
     @property
+    def watches_signal(self) -> bool:
+        """Whether the exponent of its roots depends on its gradients."""
+        return any(block.watches_signal for block in self.blocks)
+
+    @property
     def merged_shape(self) -> tuple[int, ...]:
         if not self.blocks and self.joined:
             bias = getattr(self.joined[0].block, "bias")  # noqa: B009

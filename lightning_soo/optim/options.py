@@ -148,17 +148,15 @@ class ShampooOptions:
             one_sided_above=self.one_sided_above,
         )
 
-    def exponent(self, block: Block) -> float:
-        """``p`` of the roots ``A^(-1/p)`` of a block.
+    def exponent(self, block: Block) -> float | None:
+        """``p`` of the roots ``A^(-1/p)`` of a block; None where it depends on the gradients.
 
-        With ``k`` preconditioned dimensions the papers have ``2 k``, for which regret has a bound (Gupta et al. 2018),
-        and the best approximation of full-matrix Adagrad by a Kronecker product has 2 (Morwani et al. 2024). None lies
-        in the middle.
+        With ``k`` preconditioned dimensions the papers have ``2 k``, for which regret has a bound (Gupta et al. 2018).
         """
+        if isinstance(self.exponent_override, float | int):
+            return self.exponent_override
         dimensions = len(block.dims)
-        if self.exponent_override is None:
-            return 1.0 + dimensions
-        return 2.0 * dimensions if isinstance(self.exponent_override, str) else self.exponent_override
+        return None if self.exponent_override is None and dimensions > 1 else 2.0 * dimensions
 
     def statistics_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64 parameters: squares of half-precision numbers need the range."""

@@ -63,6 +63,12 @@ class PlannableOptimizer(torch.optim.Optimizer):
         found = simulate(engine, layout.specs, ranks=ranks, groups=layout.groups, **how)
         return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
 
+    @property
+    def watches_signal(self) -> bool:
+        """Whether the exponents of roots depend on the gradients."""
+        options = self.options
+        return self.block_class.has_exponent and options.chain is None and options.exponent_override is None
+
     def _read_layout(self) -> Layout:
         model = self._model() if self._model is not None else None
         return read_layout(self._groups(), model, self._constructed)

@@ -60,7 +60,8 @@ class Shampoo(SecondOrderOptimizer):
             None is 16384, or ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of
             ``nn.Embedding`` never has one when the model is known.
         exponent_override: ``p`` of ``A^(-1/p)``; ``"2k"`` is the papers', twice the number ``k`` of preconditioned
-            dimensions; None is ``k + 1`` (3 for a matrix), with which the same steps end lower.
+            dimensions; None goes from ``2k`` where a parameter's gradients agree, as at a learning rate far below the
+            best one, to ``(k + 3) / 2`` (2.5 for a matrix) where they are noise: the same steps end low at both.
         grafting: whose step size is used: None, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``,
             ``"adagrad_normalized"``, ``"rmsprop_normalized"`` (of the gradient divided by its norm).
         grafting_beta2: decay of the graft's second moment; None is ``betas[1]``.

@@ -136,7 +136,9 @@ class Report:
     def data(self) -> dict[str, Any]:
         """All figures as plain data; bytes, flops and seconds."""
         plan, found = self.found.plan, self.found
-        per_step = plan.collectives_per_step(observes=True, grafts=self.optimizer.options.grafting is not None)
+        per_step = plan.collectives_per_step(
+            observes=True, grafts=self.optimizer.options.grafting is not None, watches=self.optimizer.watches_signal
+        )
         seconds = self.seconds()
         total = sum(seconds.values())
         core = refresh_seconds(found, self.machine)

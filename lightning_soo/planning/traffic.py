@@ -62,8 +62,10 @@ def flows(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collection[
     if plan.ranks == 1:
         return []
     counted = Counting(optimizer, plan, without_gradient)
-    found = [*counted.flags(), *counted.norms(), *counted.cut_blocks(), *counted.chains(), *counted.factors()]
-    return [flow for flow in (*found, *counted.roots(), *counted.statistics()) if flow.collectives or flow.bytes.any()]
+    sums = [*counted.flags(), *counted.norms(), *counted.signal()]
+    parts = [*counted.cut_blocks(), *counted.chains(), *counted.factors()]
+    found = [*sums, *parts, *counted.roots(), *counted.statistics()]
+    return [flow for flow in found if flow.collectives or flow.bytes.any()]
 
 
 class Counting:
@@ -107,6 +109,15 @@ class Counting:
                 by_block = options.grafting_norm == "block" and options.chain is None
                 count = sum(len(parameter.units) for parameter in covered) if by_block else len(covered)
                 yield self._reduction("the norms", 2 * count)
+
+    def signal(self) -> Iterator[Flow]:
+        """What gradients have in common with their running means, part by part, where an exponent depends on it."""
+        if self._plan.table.shards == 1 or not self._optimizer.watches_signal:
+            return
+        for members in self._parts.values():
+            count = sum(any(len(unit.block.dims) > 1 for unit in one.units) for one in members)
+            if count:
+                yield self._reduction("the gradients' signal", 2 * count, STATISTICS)
 
     def cut_blocks(self) -> Iterator[Flow]:
         """Gradients of cut blocks to their homes, for statistics and for directions, and directions back."""

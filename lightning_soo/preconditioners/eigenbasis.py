@@ -52,6 +52,7 @@ class EigenbasisBlock(KroneckerBlock):
         second_moment_weight: sum of the weights in it, ``1 - b2^t``.
     """
 
+    has_exponent: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
     ready: bool = True  # the identity is a basis
     second_moment: Tensor | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_soo.linalg.norms import power_of_two_scale
 from lightning_soo.linalg.symmetric import add_gram_
 from lightning_soo.placement.blocks import ArrayLayout, Block
+from lightning_soo.preconditioners.signal import GradientSignal
 from lightning_soo.refresh.jobs import Job, JobResult
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class KroneckerBlock:
     """Everything known about one block on this rank.
 
     Attributes:
-        exponent: ``p``.
+        exponent: ``p``; None: :attr:`root_exponent` finds it from ``signal``.
+        signal: of the whole parameter; known on every rank.
         compute_dtype: dtype of the roots, in which the products of :meth:`precondition` run.
         statistics_dtype: dtype of the statistics, wherever they are kept.
         statistics: on the rank that keeps them, else None.
@@ -105,19 +107,22 @@ class KroneckerBlock:
         observations: how many gradients were seen; known on every rank.
         refreshed_observations: how many the last refresh had seen.
         ready: whether roots are in use, wherever the block lives; known on every rank.
+        has_exponent: whether roots are taken, with :attr:`root_exponent`.
         stackable: whether :meth:`precondition` also takes a stack of equal blocks, with stacks of their roots.
         needs_gradient: whether :meth:`precondition` wants the gradient beside its running mean.
         roots: as :meth:`root_layouts` says where the block is applied, None before the first are in.
     """
 
+    has_exponent: ClassVar[bool] = True
     stackable: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     block: Block
-    exponent: float
+    exponent: float | None
     compute_dtype: torch.dtype
     statistics_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     statistics: KroneckerStatistics | None = None
+    signal: GradientSignal = field(default_factory=GradientSignal)
     weight: float = 0.0
     observations: int = 0
     refreshed_observations: int = 0
@@ -140,6 +145,7 @@ class KroneckerBlock:
         """As if no gradient had been seen."""
         self.weight, self.observations, self.refreshed_observations, self.failures = 0.0, 0, 0, 0
         self.ready, self.roots, self.diagnostics = type(self).ready, None, {}
+        self.signal = GradientSignal()
         if self.statistics is not None:
             self.statistics.scale, self.statistics.peak = 1.0, 0.0
             for matrix in self.statistics.matrices:
@@ -150,6 +156,24 @@ class KroneckerBlock:
         """What this rank holds of the block."""
         held = [*(self.roots or ()), *(self.statistics.matrices if self.statistics is not None else ())]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def watches_signal(self) -> bool:
+        """Whether :attr:`signal` counts."""
+        return self.has_exponent and self.exponent is None
+
+    @property
+    def root_exponent(self) -> float:
+        """``p`` of the next roots: ``exponent``, or by the share ``s`` of signal ``2 + (k - 1) (1 + 3 s) / 2``.
+
+        With gradients that agree statistics are those of one matrix, ``G G^T`` and ``G^T G``, and ``2 k`` gives all its
+        singular values the same size; less would turn their order around. With independent ones statistics are a
+        covariance, whose best Kronecker approximation has 2 (Morwani et al. 2024, arXiv 2406.17748); a quarter of the
+        way from there was better, and safer, than 2 itself (benchmarks/NOTES.md).
+        """
+        if self.exponent is not None:
+            return self.exponent
+        return 2.0 + (len(self.block.dims) - 1.0) * (1.0 + 3.0 * self.signal.share) / 2.0
 
     def count(self, *, decay: float, weight: float) -> None:
         """Keep the sum of weights, on every rank, whoever holds the statistics."""
@@ -165,7 +189,7 @@ class KroneckerBlock:
         """What a worker computes of ``statistics``, but for its arrays: they are brought to the host first."""
         return statistics.root_job(
             correction=self.weight if options.use_bias_correction else 1.0,
-            exponent=self.exponent,
+            exponent=self.root_exponent,
             eps=options.preconditioner_eps,
             relative_eps=options.relative_eps,
         )

@@ -35,6 +35,7 @@ class LayerFactorsBlock(KroneckerBlock):
         damping: ``lambda``, as it is now; the exact form takes it at every step, ``"pi"`` at a refresh.
     """
 
+    has_exponent: ClassVar[bool] = False
     stackable: ClassVar[bool] = False
     damping: float = 0.0
 

@@ -83,8 +83,7 @@ def main() -> None:
     name = arguments.name or arguments.optimizer
     callbacks: list[L.Callback] = [Record(arguments.results / f"{name}.csv")]
     if arguments.optimizer == "shampoo":
-        # the papers' exponent: at AdamW's learning rate, far below Shampoo's best one, it is better than the default
-        callbacks.append(SecondOrder("shampoo", exponent_override="2k"))
+        callbacks.append(SecondOrder("shampoo"))
     trainer = L.Trainer(
         max_steps=arguments.steps,
         max_epochs=-1,

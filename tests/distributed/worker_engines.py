@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engines import Engine, Zero, deviation, every_engine, make_model, make_optimizer, reference
 from launching import leave
 
-from lightning_soo import KFAC
+from lightning_soo import KFAC, Shampoo
 from lightning_soo.optim.banded import BandedOptimizer
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.placement.plan import Plan
@@ -182,7 +182,8 @@ def planned(engine: Engine) -> dict[str, int]:
     grafts = banded or optimizer.options.grafting is not None
     if isinstance(optimizer, KFAC):
         grafts = optimizer.options.kl_clip is not None
-    found = optimizer._plan.collectives_per_step(observes=True, grafts=grafts)
+    watches = type(optimizer) is Shampoo
+    found = optimizer._plan.collectives_per_step(observes=True, grafts=grafts, watches=watches)
     # a bucket in which nothing ever has a gradient is left out
     buckets = [bucket for found in optimizer._plan.buckets.values() for bucket in found]
     idle = sum(all(t.key.startswith("unused") for t in bucket.travellers) for bucket in buckets)

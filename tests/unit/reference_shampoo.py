@@ -44,6 +44,7 @@ class ReferenceShampoo:
     waiting: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     graft_steps: list[Array] = field(default_factory=list)
     gradients: list[Array] = field(default_factory=list)
+    agreements: list[tuple[float, float]] = field(default_factory=list)
     buffer: Array | None = None
     left: Any = 0.0
     right: Any = 0.0
@@ -54,18 +55,23 @@ class ReferenceShampoo:
         self.t += 1
         beta1, beta2 = self.betas
         g = gradient if self.decoupled_weight_decay else gradient + self.weight_decay * self.x
+        earlier = list(self.gradients)
         self.gradients.append(g)
         start = self.start_preconditioning_step
         if self.t == 1 or self.t % self.statistics_frequency == 0 or start - 8 < self.t <= start:
             decay = beta2 ** (self.t - self.observed)
             self.observed = self.t
+            if earlier and (beta1 > 0 or self.grafting == "adam"):
+                last = self.t - 1
+                mean = sum((1 - beta1) * beta1 ** (last - s) * h for s, h in enumerate(earlier, 1)) / (1 - beta1**last)
+                self.agreements.append((float((mean * g).sum()), float((g * g).sum())))
             weight = 1.0 - decay if beta2 < 1 else 1.0
             self.left = decay * self.left + weight * g @ g.T
             self.right = decay * self.right + weight * g.T @ g
             self.weights = decay * self.weights + weight if beta2 < 1 else 1.0
         if self.t == start or (self.t > start and self.t % self.precondition_frequency == 0):
             correction = self.weights if self.use_bias_correction else 1.0
-            p = {None: 3.0, "2k": 4.0}.get(self.exponent_override, self.exponent_override)
+            p = {None: self.p_between(), "2k": 4.0}.get(self.exponent_override, self.exponent_override)
             self.waiting[self.t + self.refresh_delay] = tuple(
                 inverse_root(matrix / correction, p, self.preconditioner_eps, self.relative_eps)
                 for matrix in (self.left, self.right)
@@ -91,6 +97,14 @@ class ReferenceShampoo:
                 self.buffer = self.momentum * self.buffer + (1 - self.dampening) * direction
             direction = direction + self.momentum * self.buffer if self.nesterov else self.buffer
         self.x = self.x - self.lr * direction
+
+    def p_between(self) -> float:
+        """From 2.5 for noise to 4 for gradients that agree, by what they have in common with the earlier ones' mean."""
+        if not self.agreements:
+            return 4.0
+        weights = 0.9 ** np.arange(len(self.agreements))[::-1]
+        common, energy = weights @ np.array(self.agreements)
+        return 2.5 + 1.5 * float(np.clip(common / energy, 0.0, 1.0))
 
     def graft(self, filtered: Array) -> Array:
         if self.grafting in (None, "sgd"):
