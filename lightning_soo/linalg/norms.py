@@ -34,8 +34,8 @@ def squared_norm(tensor: Tensor) -> Tensor:
 
 def inner_product(first: Tensor, second: Tensor) -> Tensor:
     """Sum of the products of two tensors' elements, laid out alike, as :func:`squared_norm` has it of one."""
-    dense = first.is_contiguous() and second.is_contiguous()
-    if dense and first.device.type == "cpu" and first.numel() <= _DOT_ELEMENTS and first.dtype == second.dtype:
+    plain = first.dtype == second.dtype == torch.float32 and first.is_contiguous() and second.is_contiguous()
+    if plain and first.device.type == "cpu" and first.numel() <= _DOT_ELEMENTS:
         total = torch.dot(first.view(-1), second.view(-1)).to(torch.float64)
         if _SAFE[0] < abs(float(total)) < _SAFE[1]:
             return total

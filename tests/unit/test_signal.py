@@ -109,11 +109,12 @@ def test_a_resumed_run_knows_it() -> None:
         each.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20])
 @pytest.mark.parametrize("shape", [(0,), (37,), (4, 3, 5, 2)])
-def test_inner_product(shape: tuple[int, ...], scale: float) -> None:
+def test_inner_product(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(shape, generator=generator) * scale for _ in range(2))
+    first, second = ((torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(2))
     expected = float((first.double() * second.double()).sum())
     assert float(inner_product(first, second)) == pytest.approx(expected, rel=1e-5, abs=0.0)
     if len(shape) == 4:
