@@ -67,6 +67,7 @@ class Search:
         self.runner, self.where = runner, where or {}
         self.horizons = horizons(longest)
         self._best: dict[int, int] = {}  # horizon -> place of its best learning rate
+        self._tried: dict[int, list[int]] = {}  # horizon -> places that were tried for it
 
     def row(self, lr: float, horizon: int, seed: int = 0) -> dict[str, Any]:
         """From the store, else from a run.
@@ -122,7 +123,7 @@ class Search:
             best = min(tried, key=lambda index: self.loss(rate(index), horizon))
             beyond = {min(tried): best - 1, max(tried): best + 1}.get(best)
             todo = [] if beyond is None or not LOWEST <= beyond <= HIGHEST else [beyond]
-        self._best[horizon] = best
+        self._best[horizon], self._tried[horizon] = best, tried
         return best
 
     def _start(self, horizon: int) -> list[int]:
@@ -162,9 +163,9 @@ class Search:
         if steps is None:
             return None
         for horizon in self.horizons[self.horizons.index(steps) :]:
-            lr, loss = self.best(horizon)
-            if loss <= targets[0] and all(
-                self.loss(lr, horizon, seed) <= target for seed, target in enumerate(targets)
-            ):
-                return lr, horizon
+            self.best(horizon)
+            # the best learning rate of one seed may be more than another bears
+            for index in sorted(self._tried[horizon], key=lambda index: self.loss(rate(index), horizon)):
+                if all(self.loss(rate(index), horizon, seed) <= target for seed, target in enumerate(targets)):
+                    return rate(index), horizon
         return self.best(steps)[0], steps

@@ -101,6 +101,19 @@ def test_the_search_finds_what_a_scan_of_everything_finds(tmp_path: Path) -> Non
     assert len(calls) == len(set(calls))
 
 
+def test_a_learning_rate_that_one_seed_does_not_bear_is_left(tmp_path: Path) -> None:
+    """The next one that ends at the target with every seed is taken, at the same number of steps."""
+
+    def run(contender: Contender, lr: float, horizon: int, seed: int) -> dict[str, Any]:
+        loss = 9.0 if seed == 1 and lr > 1.5e-2 else 0.1 * abs(math.log(lr / 2e-2)) + 50 / horizon
+        return {"loss": loss, "curve": [(horizon, loss)]}
+
+    found = search.Search(Store("tiny", tmp_path), choose(None)[0], 200, 1, run)
+    target = 1.0
+    lr, steps = found.confirmed([target, target]) or (0.0, 0)
+    assert lr == 1e-2 and steps == min(n for n in search.horizons(200) if 0.1 * math.log(2) + 50 / n <= target)
+
+
 def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     contender = choose(None)[0]
     whole: list[tuple[float, int, int]] = []
