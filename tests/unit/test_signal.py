@@ -44,7 +44,7 @@ def test_share_of_a_known_mixture(ratio: float) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 5), (5, 4, 3)])
 @pytest.mark.parametrize("agree", [True, False])
-def test_exponent_between_two_and_one(shape: tuple[int, ...], agree: bool) -> None:
+def test_exponent_at_both_ends(shape: tuple[int, ...], agree: bool) -> None:
     """The direction is that of 2k where all gradients are one, of (k + 3) / 2 where each is opposed to the last one."""
     k = len(shape)
     directions = [direction_after(shape, agree, exponent) for exponent in (None, 2.0 * k, (k + 3.0) / 2.0)]
