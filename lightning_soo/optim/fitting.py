@@ -88,7 +88,10 @@ def _difference(
                 continue
             found, here = [_shape(array, shapes) for array in arrays], [layout.shape for layout in expected]
             if found != here:
-                return f"block {unit.key}: saved {name} have shapes {found}, here they are {here}"
+                return (
+                    f"block {unit.key}: saved {name} have shapes {found}, here they are {here}: was max_factor_dim, "
+                    "one_sided_above or an override changed?"
+                )
     return ""
 
 

@@ -57,6 +57,7 @@ class ShampooOptions:
     statistics_follow_interval: bool = False  # more often while the interval is short
     start_preconditioning_step: int | None = None
     max_preconditioner_dim: int = 1024
+    max_factor_dim: int | None = None
     merge_dims: str = "kernel"
     precondition_1d: bool = False
     one_sided_above: int | None = None
@@ -104,7 +105,7 @@ class ShampooOptions:
     def __post_init__(self) -> None:
         for name in ("statistics_frequency", "max_preconditioner_dim", "exchange_bucket_bytes"):
             _require(name, getattr(self, name), minimum=1)
-        for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above"):
+        for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above", "max_factor_dim"):
             _require(name, getattr(self, name), minimum=1, optional=True)
         _require("refresh_delay", self.refresh_delay, minimum=0, optional=True)
         require_timeout(self.collective_timeout)
@@ -143,6 +144,7 @@ class ShampooOptions:
     def block_rules(self) -> BlockRules:
         return BlockRules(
             max_preconditioner_dim=self.max_preconditioner_dim,
+            max_factor_dim=self.max_factor_dim,
             merge_dims=self.merge_dims,
             precondition_1d=self.precondition_1d,
             one_sided_above=self.one_sided_above,

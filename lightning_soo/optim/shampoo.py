@@ -38,8 +38,8 @@ class Shampoo(SecondOrderOptimizer):
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
-            short and grows, since stale roots cost progress early: the default is 5, 6, 7, 9 and so on up to 100,
-            after 533 steps.
+            short and grows, since stale roots cost progress early: the default is 5, 6, 6, 7 and so on up to 100,
+            after 1008 steps.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
             executor; 0 is synchronous. None is an eighth of the interval (while it grows, of the one around that
             step), except for the very first refresh, which is used at once: until then the graft alone moves.
@@ -52,6 +52,9 @@ class Shampoo(SecondOrderOptimizer):
             is shorter. Until the first roots are in, the graft alone moves, and what a large learning rate does then is
             not made good later.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
+        max_factor_dim: largest matrix of a block's preconditioners. A longer side has several, along the diagonal of
+            ``A_i``, and each sees all of the block's other side; so they cost less than those of smaller blocks, and
+            are less noisy. None: as large as the side.
         merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``); ``"all"`` (dimensions of size one
             dropped, merged from the right while the product is at most ``max_preconditioner_dim``). Dimensions of size
             one never have a preconditioner.
@@ -109,7 +112,8 @@ class Shampoo(SecondOrderOptimizer):
         gather_frequency: int | None = None,
         statistics_frequency: int | None = None,
         start_preconditioning_step: int | None = None,
-        max_preconditioner_dim: int = 512,
+        max_preconditioner_dim: int = 1024,
+        max_factor_dim: int | None = 256,
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
@@ -136,6 +140,7 @@ class Shampoo(SecondOrderOptimizer):
             statistics_frequency=statistics_frequency,
             start_preconditioning_step=first_refresh(interval, start_preconditioning_step),
             max_preconditioner_dim=max_preconditioner_dim,
+            max_factor_dim=max_factor_dim,
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,
             one_sided_above=one_sided_above,

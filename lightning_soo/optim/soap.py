@@ -35,8 +35,8 @@ class SOAP(SecondOrderOptimizer):
         weight_decay: decoupled as in AdamW, or (``decoupled_weight_decay=False``) added to the gradient first.
         precondition_frequency, refresh_delay, stagger, gather_frequency, statistics_frequency,
             start_preconditioning_step: when bases are computed and used, see :class:`Shampoo`; the same defaults.
-        max_preconditioner_dim, merge_dims, precondition_1d, one_sided_above, overrides: how parameters are cut into
-            blocks, see :class:`Shampoo`. A tall parameter is rotated along its short side alone.
+        max_preconditioner_dim, max_factor_dim, merge_dims, precondition_1d, one_sided_above, overrides: how parameters
+            are cut into blocks, see :class:`Shampoo`. A tall parameter is rotated along its short side alone.
         basis: ``"eigh"`` is a whole decomposition, by the workers; ``"qr"`` (from the second basis on) one power
             iteration from the current basis and a QR decomposition, on the parameters' device in the step itself: for
             GPUs, with ``precondition_frequency=10`` or so, since one iteration goes no further. On a CPU it costs as
@@ -68,7 +68,8 @@ class SOAP(SecondOrderOptimizer):
         gather_frequency: int | None = None,
         statistics_frequency: int | None = None,
         start_preconditioning_step: int | None = None,
-        max_preconditioner_dim: int = 512,
+        max_preconditioner_dim: int = 1024,
+        max_factor_dim: int | None = 256,
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
@@ -91,6 +92,7 @@ class SOAP(SecondOrderOptimizer):
             statistics_frequency=statistics_frequency,
             start_preconditioning_step=first_refresh(interval, start_preconditioning_step),
             max_preconditioner_dim=max_preconditioner_dim,
+            max_factor_dim=max_factor_dim,
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,
             one_sided_above=one_sided_above,

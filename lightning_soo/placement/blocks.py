@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 MERGE_DIMS = ("none", "kernel", "all")
@@ -18,6 +19,7 @@ class BlockRules:
     """The options that decide a parameter's blocks; their meaning is in :class:`lightning_soo.Shampoo`."""
 
     max_preconditioner_dim: int = 1024
+    max_factor_dim: int | None = None
     merge_dims: str = "kernel"
     precondition_1d: bool = False
     one_sided_above: int | None = None
@@ -47,12 +49,14 @@ class Block:
         merged_shape: the parameter's shape after ``merge_dims``.
         ranges: ``(start, stop)`` per merged dimension.
         dims: the dimensions that have a preconditioner (size above one, not above the one-sided limit).
+        max_factor_dim: largest matrix of a preconditioner; None: as large as the block's side.
     """
 
     parameter: str
     merged_shape: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
     dims: tuple[int, ...]
+    max_factor_dim: int | None = None
 
     @property
     def key(self) -> str:
@@ -63,10 +67,27 @@ class Block:
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.ranges)
 
+    @cached_property
+    def diagonals(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each of ``dims`` the ranges, within the block, of the matrices along its preconditioner's diagonal.
+
+        All of the block's other dimensions count for each of them: a side that is cut into blocks instead has a matrix
+        for every pair of pieces, of which each sees less.
+        """
+        return tuple(tuple(even_cuts(self.shape[dim], self.max_factor_dim or self.shape[dim])) for dim in self.dims)
+
     @property
     def orders(self) -> tuple[int, ...]:
-        """Orders of the preconditioners, one for each of ``dims``."""
-        return tuple(self.shape[dim] for dim in self.dims)
+        """Orders of the matrices, in the order of ``diagonals``."""
+        return tuple(stop - start for ranges in self.diagonals for start, stop in ranges)
+
+    @property
+    def products_per_element(self) -> float:
+        """By how many numbers an element is multiplied along all of ``dims``: the order where there is one matrix."""
+        return sum(
+            sum((stop - start) ** 2 for start, stop in ranges) / self.shape[dim]
+            for dim, ranges in zip(self.dims, self.diagonals, strict=True)
+        )
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -157,6 +178,12 @@ def partition(name: str, shape: tuple[int, ...], rules: BlockRules) -> tuple[lis
     if cuts is None:
         return [], reason
     return [
-        Block(parameter=name, merged_shape=cuts.merged_shape, ranges=ranges, dims=cuts.dims)
+        Block(
+            parameter=name,
+            merged_shape=cuts.merged_shape,
+            ranges=ranges,
+            dims=cuts.dims,
+            max_factor_dim=rules.max_factor_dim,
+        )
         for ranges in itertools.product(*cuts.ranges)
     ], ""

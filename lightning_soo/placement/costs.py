@@ -36,8 +36,8 @@ def refresh_flops(block: Block) -> float:
 
 
 def product_flops(block: Block) -> float:
-    """Flops of one pass of ``2 numel n`` per preconditioned dimension."""
-    return 2.0 * math.prod(block.shape) * sum(block.orders)
+    """Flops of one pass along every preconditioned dimension, ``2 numel n`` where that has one matrix of order n."""
+    return 2.0 * math.prod(block.shape) * block.products_per_element
 
 
 def statistics_flops(block: Block) -> float:

@@ -88,6 +88,10 @@ class LayerBlock(Block):
         return tuple(factor[0] for factor in self.factors if len(factor) == 2)
 
     @property
+    def products_per_element(self) -> float:
+        return float(sum(self.orders))
+
+    @property
     def is_unit(self) -> bool:
         """Whether it has a small matrix for each channel."""
         return len(self.factors[0]) == 3

@@ -209,7 +209,7 @@ class Plan:
         rows = [
             [
                 *(p.name, list(p.spec.shape), str(p.spec.dtype), p.spec.part, p.reason, p.chain, list(p.joined)),
-                [[u.key, u.refresher, everywhere[u.homes], u.place.travels, list(u.block.dims)] for u in p.units],
+                [[u.key, u.refresher, everywhere[u.homes], u.place.travels, *_matrices(u.block)] for u in p.units],
             ]
             for p in self.parameters
         ]
@@ -220,11 +220,17 @@ class Plan:
     def blocks_digest(self) -> str:
         """Hash of what is preconditioned and in which blocks: the same at any number of ranks under any engine."""
         rows = sorted(
-            [p.name, list(p.spec.shape), p.chain, [[u.key, list(u.block.dims)] for u in p.units]]
+            [p.name, list(p.spec.shape), p.chain, [[u.key, *_matrices(u.block)] for u in p.units]]
             for p in self.parameters
             if p.is_preconditioned
         )
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _matrices(block: Block) -> list[list[int]]:
+    """What a digest says of a block's preconditioners: their dimensions, and the orders where one has several."""
+    several = any(len(ranges) > 1 for ranges in block.diagonals)
+    return [list(block.dims)] + ([list(block.orders)] if several else [])
 
 
 def _largest_over_mean(values: Sequence[float]) -> float:

@@ -113,7 +113,10 @@ def _blocks_text(parameter: PlannedParameter) -> str:
         return "-"
     shapes = sorted({unit.block.shape for unit in parameter.units}, reverse=True)
     sides = "" if len(parameter.units[0].block.dims) == len(shapes[0]) else f" dims {parameter.units[0].block.dims}"
-    return f"{len(parameter.units)} of {'x'.join(map(str, shapes[0]))}{sides}"
+    largest = max(parameter.units, key=lambda unit: unit.block.shape).block
+    several = any(len(ranges) > 1 for ranges in largest.diagonals)
+    factors = f", factors of {max(largest.orders)}" if several else ""
+    return f"{len(parameter.units)} of {'x'.join(map(str, shapes[0]))}{sides}{factors}"
 
 
 def _folded_name(members: Sequence[PlannedParameter]) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_soo.linalg.products import multiply
 from lightning_soo.placement.blocks import ArrayLayout, Block
-from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics, multiply
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.jobs import Job, JobResult
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass
 class EigenbasisBlock(KroneckerBlock):
-    """Everything known about one block on this rank; ``roots`` are its eigenbases, one ``(n, n)`` per dimension.
+    """Everything known about one block on this rank; ``roots`` are its eigenbases, ``(n, n)`` each.
 
     Attributes:
         second_moment: ``E``, of the block's shape, where the block is applied.
@@ -60,7 +61,7 @@ class EigenbasisBlock(KroneckerBlock):
 
     @classmethod
     def root_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
-        """One basis per preconditioned dimension."""
+        """One basis for each of :attr:`Block.diagonals`."""
         return tuple(ArrayLayout((order, order)) for order in block.orders)
 
     def restart(self) -> None:
@@ -126,4 +127,4 @@ class EigenbasisBlock(KroneckerBlock):
         if self.roots is None:
             return tensor
         bases = [basis.mT if forward else basis for basis in self.roots]
-        return multiply(tensor.to(self.compute_dtype), self.block.dims, bases)
+        return multiply(tensor.to(self.compute_dtype), self.block.dims, bases, ranges=self.block.diagonals)

@@ -1,7 +1,8 @@
 """Shampoo's Kronecker-factored preconditioner of one block (Gupta et al. 2018; Anil et al. 2020, section 3).
 
 For a block ``G`` with preconditioned dimensions ``i``, ``A_i <- b2 A_i + (1 - b2) unfold_i(G) unfold_i(G)^T`` and the
-direction is ``G`` times ``(A_i / c2 + eps_i I)^(-1/p)`` along every ``i``. Pure tensors: no process group.
+direction is ``G`` times ``(A_i / c2 + eps_i I)^(-1/p)`` along every ``i``. Of a long dimension only matrices along the
+diagonal of ``A_i`` are kept (``max_factor_dim``). Pure tensors: no process group.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.linalg.norms import power_of_two_scale
+from lightning_soo.linalg.products import multiply
 from lightning_soo.linalg.symmetric import add_gram_
 from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.preconditioners.signal import GradientSignal
@@ -32,7 +34,7 @@ class KroneckerStatistics:
     """Running second moments of one block; exists on the rank that keeps it alone.
 
     Attributes:
-        matrices: one ``(n, n)`` per preconditioned dimension, of ``scale * G``.
+        matrices: one ``(n, n)`` for each of :attr:`Block.diagonals`, of ``scale * G``.
         scale: a power of two, 1 unless gradients are extreme (1e+20, 1e-20), so ``A_i = matrices[i] / scale^2``.
         peak: decayed largest magnitude seen, which decides the scale.
     """
@@ -61,9 +63,11 @@ class KroneckerStatistics:
         gradient = gradient.to(self.matrices[0].dtype)
         if self.scale != 1.0:
             gradient = gradient * self.scale
-        for dim, matrix in zip(block.dims, self.matrices, strict=True):
-            unfolded = gradient.movedim(dim, 0).reshape(matrix.shape[0], -1)
-            add_gram_(matrix, unfolded, beta=decay, alpha=weight)
+        matrices = iter(self.matrices)
+        for dim, ranges in zip(block.dims, block.diagonals, strict=True):
+            unfolded = gradient.movedim(dim, 0).reshape(gradient.shape[dim], -1)
+            for start, stop in ranges:
+                add_gram_(next(matrices), unfolded[start:stop], beta=decay, alpha=weight)
 
     def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
         """What a worker needs to compute this block's roots, but for its arrays: :attr:`matrices`, brought to the host.
@@ -133,12 +137,12 @@ class KroneckerBlock:
 
     @classmethod
     def statistics_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
-        """Arrays of a block's statistics: one ``(n, n)`` per preconditioned dimension."""
+        """Arrays of a block's statistics: one ``(n, n)`` for each of :attr:`Block.diagonals`."""
         return tuple(ArrayLayout((order, order), symmetric=True) for order in block.orders)
 
     @classmethod
     def root_layouts(cls, block: Block) -> tuple[ArrayLayout, ...]:
-        """Arrays that a refresh gives: one ``(n, n)`` per preconditioned dimension."""
+        """Arrays that a refresh gives: one ``(n, n)`` for each of :attr:`Block.diagonals`."""
         return cls.statistics_layouts(block)
 
     def restart(self) -> None:
@@ -216,23 +220,5 @@ class KroneckerBlock:
             gradient, group: of blocks that need them (``needs_gradient``): the gradient and its parameter group.
         """
         assert self.roots is not None
-        return multiply(filtered.to(self.compute_dtype), self.block.dims, self.roots, symmetric=True)
-
-
-def multiply(x: Tensor, dims: Sequence[int], matrices: Sequence[Tensor], *, symmetric: bool = False) -> Tensor:
-    """Multiply along each of ``dims``: ``M @ unfold_dim(x)``.
-
-    Args:
-        x: one block, or a stack of them with the stacks of their matrices.
-        symmetric: whether all matrices are, exactly: a CPU's bfloat16 product of two matrices as they lie in memory is
-            an eighth faster than one with a transposed matrix.
-    """
-    for dim, matrix in zip(dims, matrices, strict=True):
-        first = matrix.ndim - 2  # 1 in a stack
-        if x.ndim - first == 2:
-            x = matrix @ x if dim == 0 else x @ (matrix if symmetric else matrix.mT)
-        else:
-            moved = x.movedim(first + dim, first)
-            unfolded = moved.reshape(*moved.shape[: first + 1], -1)
-            x = (matrix @ unfolded).reshape(moved.shape).movedim(first, first + dim)
-    return x
+        block = self.block
+        return multiply(filtered.to(self.compute_dtype), block.dims, self.roots, ranges=block.diagonals, symmetric=True)

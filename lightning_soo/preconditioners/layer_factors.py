@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lightning_soo.linalg.products import multiply
 from lightning_soo.placement.blocks import ArrayLayout, Block
 from lightning_soo.placement.layers import LayerBlock
-from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics, multiply
+from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 from lightning_soo.refresh.jobs import Job
 
 if TYPE_CHECKING:

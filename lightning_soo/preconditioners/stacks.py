@@ -64,7 +64,8 @@ class Stack:
 
 def kind_of(block: KroneckerBlock) -> Hashable:
     """What blocks of one stack have in common."""
-    return type(block), block.block.shape, block.block.dims, block.compute_dtype, block.statistics_dtype, block.device
+    cut = block.block.shape, block.block.dims, block.block.diagonals
+    return type(block), *cut, block.compute_dtype, block.statistics_dtype, block.device
 
 
 def gains_by_stacking(block: KroneckerBlock) -> bool:

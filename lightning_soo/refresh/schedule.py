@@ -17,7 +17,7 @@ from lightning_soo.placement.costs import refresh_milliseconds
 # that end a short run far worse (autoencoder of the papers, 48 steps: 187 instead of 141)
 _FIRST_GRADIENTS = 8
 # stale roots cost progress early, when statistics change fast (benchmarks/NOTES.md)
-GROWING: Mapping[str, float] = {"first": 5, "growth": 1.2, "max": 100}
+GROWING: Mapping[str, float] = {"first": 5, "growth": 1.1, "max": 100}
 # roots of four gradients and fewer end a short run worse, later ones leave more steps to the graft alone
 # (benchmarks/NOTES.md)
 _FIRST_REFRESH = 5

@@ -20,6 +20,7 @@ REFRESHED = {
     "statistics_frequency": 5,
     "start_preconditioning_step": 10,
     "max_preconditioner_dim": 1024,
+    "max_factor_dim": None,
     "compute_dtype": "bfloat16",
     "workers": "inline",
     "betas": BETAS,

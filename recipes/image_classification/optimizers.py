@@ -37,7 +37,7 @@ def second_order_options(settings: Settings, workers: str) -> dict[str, Any]:
     start = settings.start_preconditioning_step or settings.precondition_frequency
     options |= {"start_preconditioning_step": start, "workers": workers}
     # as the committed tables were measured
-    options |= {"refresh_delay": settings.precondition_frequency, "compute_dtype": "float32"}
+    options |= {"refresh_delay": settings.precondition_frequency, "compute_dtype": "float32", "max_factor_dim": None}
     if settings.optimizer == "shampoo":
         options |= {"preconditioner_eps": settings.preconditioner_eps, "exponent_override": "2k"}
         if settings.grafting == "sgd":  # which says nothing of it

@@ -157,6 +157,8 @@ def shampoo(model: nn.Module, seed: int, lr: float, preconditioner_eps: float) -
         stagger=False,
         start_preconditioning_step=2,
         exponent_override="2k",
+        max_preconditioner_dim=512,
+        max_factor_dim=None,
         workers="inline",
     )
 

@@ -61,7 +61,7 @@ def make_optimizer(params: Any, options: Options) -> SecondOrderOptimizer:
     if method == "kfac":
         base |= {"damping": 0.03, "kl_clip": 1e-2, "statistics_frequency": 1}
     elif method != "sonew":
-        base |= {"max_preconditioner_dim": 8, "precondition_1d": True}
+        base |= {"max_preconditioner_dim": 8, "max_factor_dim": 5, "precondition_1d": True}
     if method != "sonew":
         base |= {
             "precondition_frequency": 4,

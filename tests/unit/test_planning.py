@@ -60,7 +60,7 @@ def test_balance_of_large_models(size: str, numel: int, ranks: int) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("8b", 2048), ("8b", 4096), ("70b", 4096)])
 def test_balance_of_larger_blocks(name: str, size: int) -> None:
-    optimizer = Shampoo(llama(name), max_preconditioner_dim=size)
+    optimizer = Shampoo(llama(name), max_preconditioner_dim=size, max_factor_dim=None)
     for ranks in (64, 1024):
         plan = optimizer.plan_elsewhere("fsdp2", ranks)
         assert plan.balance <= max(1.05, 1.05 * plan.least_balance)
@@ -140,11 +140,11 @@ def test_every_way_out_of_late_refreshes_is_enough() -> None:
     assert f"precondition_frequency={frequency}" in text
     workers = math.ceil(data / (5 * 2e-3))
     assert f"'count': {workers}" in text
-    size = int(text.split("max_preconditioner_dim=")[1])
+    size = int(text.split("max_factor_dim=")[1])
     enough = [
         (f"precondition_frequency={frequency}", "1"),
         (f"precondition_frequency=5,workers={{kind: process, count: {workers}}}", str(workers)),
-        (f"precondition_frequency=5,max_preconditioner_dim={size}", "1"),
+        (f"precondition_frequency=5,max_factor_dim={size}", "1"),
     ]
     for line, cores in enough:
         changed = report(f"method=shampoo,{line}", *common, "2e-3", "--cores", cores)

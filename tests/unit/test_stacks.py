@@ -93,6 +93,7 @@ def train(optimizer: Any, net: nn.Module, steps: range, skipped: tuple[int, ...]
     ("make", "options"),
     [
         (mlp, {"max_preconditioner_dim": 8}),  # many tiles of one parameter
+        (mlp, {"max_preconditioner_dim": 12, "max_factor_dim": 5}),  # several matrices along each diagonal
         (mlp, {"precondition_1d": True, "compute_dtype": "bfloat16"}),
         (mlp, {"one_sided_above": 30, "stagger": True, "refresh_delay": 1}),
         (convolutions, {"merge_dims": "none"}),  # four dimensions, two of them cut

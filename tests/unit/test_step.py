@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,43 @@ def test_blocks_equal_parameters_of_their_own() -> None:
         many.step()
     for part, (i, j) in zip(parts, [(0, 0), (0, 3), (4, 0), (4, 3)], strict=True):
         torch.testing.assert_close(whole[i : i + 4, j : j + 3], part, rtol=1e-10, atol=1e-12)
+
+
+def test_matrices_along_the_diagonal_of_a_longer_side() -> None:
+    """Of a 7 x 5 block at 3: rows 0-1, 2-3, 4-6 and columns 0-1, 2-4, each over the whole other side (dense numpy)."""
+    torch.manual_seed(0)
+    gradients = torch.randn(3, 7, 5, dtype=torch.float64)
+    parameter = nn.Parameter(torch.zeros(7, 5, dtype=torch.float64))
+    optimizer = Shampoo(
+        [parameter],
+        lr=1.0,
+        betas=(0.0, 1.0),
+        grafting=None,
+        max_factor_dim=3,
+        precondition_frequency=1,
+        start_preconditioning_step=1,
+        refresh_delay=0,
+        exponent_override="2k",
+    )
+    expected, sums = np.zeros((7, 5)), [np.zeros((7, 7)), np.zeros((5, 5))]
+    kept = [np.kron(np.eye(3), np.ones((3, 3)))[[0, 1, 3, 4, 6, 7, 8]][:, [0, 1, 3, 4, 6, 7, 8]], np.zeros((5, 5))]
+    kept[1][:2, :2] = kept[1][2:, 2:] = 1.0
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        g = gradient.numpy()
+        sums[0] += kept[0] * (g @ g.T)
+        sums[1] += kept[1] * (g.T @ g)
+        roots = [_root(a, mask) for a, mask in zip(sums, kept, strict=True)]
+        expected -= roots[0] @ g @ roots[1]
+    np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-9)
+
+
+def _root(matrix: Any, mask: Any) -> Any:
+    """``(A + ridge)^(-1/4)``, the ridge relative to the largest eigenvalue of each part of the diagonal."""
+    ridges = [1e-6 * np.linalg.eigvalsh(matrix[np.ix_(part, part)])[-1] for part in map(np.flatnonzero, mask)]
+    values, vectors = np.linalg.eigh(matrix + np.diag(ridges))
+    return vectors * values**-0.25 @ vectors.T
 
 
 def test_nothing_to_precondition_is_an_error_with_the_table() -> None:
