@@ -166,14 +166,18 @@ class Refresher:
             begin = time.monotonic()
             result = self.background.result((entry.key, entry.started))
             if entry.swap > entry.started and self.executor.kind != "deferred":  # those are waited for on purpose
-                self._watch(time.monotonic() - begin, result.seconds)
+                self._watch(time.monotonic() - begin, result.seconds, self.schedule.is_settled(entry.started))
             restarts = float(self.background.restarts)
             entry.own = Outcome.of(result, *self._layout(entry.key), waited=self.waited, restarts=restarts)
 
-    def _watch(self, waited: float, seconds: float) -> None:
-        """Say once, when results are late again and again, what to change."""
+    def _watch(self, waited: float, seconds: float, settled: bool) -> None:
+        """Say once, when results are late again and again, what to change.
+
+        Args:
+            settled: whether the interval has stopped growing; what is waited for before passes by itself.
+        """
         self.waited += waited
-        self._late = self._late + 1 if waited > max(0.1 * seconds, 0.01) else 0
+        self._late = self._late + 1 if settled and waited > max(0.1 * seconds, 0.01) else 0
         if self._late >= _LATE_IN_A_ROW and not self._said:
             self._said = True
             logger.warning(

@@ -38,8 +38,8 @@ class Shampoo(SecondOrderOptimizer):
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts
-            short and grows, since stale roots cost progress early: the default is 5, 6, 6, 7 and so on up to 100,
-            after 1008 steps.
+            short and grows, since stale roots cost progress early: the default is 2, 2, 3, 3 and so on up to 100,
+            after 659 steps.
         refresh_delay: steps between the start of a refresh and the first step that uses it, the same with every
             executor; 0 is synchronous. None is an eighth of the interval (while it grows, of the one around that
             step), except for the very first refresh, which is used at once: until then the graft alone moves.
@@ -48,9 +48,9 @@ class Shampoo(SecondOrderOptimizer):
         statistics_frequency: steps between two updates of the statistics; None is a tenth of ``precondition_frequency``
             (while it grows, of the interval around the step), at most 10. The last eight steps before the first refresh
             are all observed, so that the first roots have seen a handful of gradients.
-        start_preconditioning_step: step of the first refresh of all blocks; None is 5, or the first interval where that
-            is shorter. Until the first roots are in, the graft alone moves, and what a large learning rate does then is
-            not made good later.
+        start_preconditioning_step: step of the first refresh of all blocks; None is 5, or the (longest) interval where
+            that is shorter. Until the first roots are in, the graft alone moves, and what a large learning rate does
+            then is not made good later.
         max_preconditioner_dim: largest side of a block; longer sides are cut evenly.
         max_factor_dim: largest matrix of a block's preconditioners. A longer side has several, along the diagonal of
             ``A_i``, and each sees all of the block's other side; so they cost less than those of smaller blocks, and

@@ -17,7 +17,7 @@ from lightning_soo.placement.costs import refresh_milliseconds
 # that end a short run far worse (autoencoder of the papers, 48 steps: 187 instead of 141)
 _FIRST_GRADIENTS = 8
 # stale roots cost progress early, when statistics change fast (benchmarks/NOTES.md)
-GROWING: Mapping[str, float] = {"first": 5, "growth": 1.1, "max": 100}
+GROWING: Mapping[str, float] = {"first": 2, "growth": 1.15, "max": 100}
 # roots of four gradients and fewer end a short run worse, later ones leave more steps to the graft alone
 # (benchmarks/NOTES.md)
 _FIRST_REFRESH = 5
@@ -97,8 +97,8 @@ class Interval:
 
 
 def first_refresh(interval: Interval, asked: int | None) -> int:
-    """Step of the first refresh: as asked for, else 5, or the first interval where that is shorter."""
-    return min(_FIRST_REFRESH, interval.first) if asked is None else asked
+    """Step of the first refresh: as asked for, else 5, or the (longest) interval where that is less."""
+    return min(_FIRST_REFRESH, interval.max) if asked is None else asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,10 @@ class RefreshSchedule:
             return begin > self.start and step == begin + offset * length // self.interval.max
         length = self.interval.max
         return (step - offset) % length == 0 and (offset == 0 or 2 * (step - self.start) >= length)
+
+    def is_settled(self, step: int) -> bool:
+        """Whether the interval has stopped growing."""
+        return not self.interval.grows or step >= (self._starts or self._starts_until_max())[-1]
 
     def swap_step(self, step: int) -> int:
         """First step that uses the roots of a refresh started at ``step``."""
