@@ -74,7 +74,13 @@ class Block:
         All of the block's other dimensions count for each of them: a side that is cut into blocks instead has a matrix
         for every pair of pieces, of which each sees less.
         """
-        return tuple(tuple(even_cuts(self.shape[dim], self.max_factor_dim or self.shape[dim])) for dim in self.dims)
+        largest = math.inf if self.max_factor_dim is None else self.max_factor_dim
+        return tuple(tuple(even_cuts(self.shape[dim], largest)) for dim in self.dims)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether some dimension has more than one matrix."""
+        return any(len(ranges) > 1 for ranges in self.diagonals)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -116,7 +122,7 @@ def merge_shape(shape: tuple[int, ...], merge_dims: str, max_preconditioner_dim:
     return tuple(merged) or (1,)
 
 
-def even_cuts(size: int, limit: int) -> list[tuple[int, int]]:
+def even_cuts(size: int, limit: float) -> list[tuple[int, int]]:
     """Cut ``[0, size)`` into the fewest pieces of at most ``limit``, sizes equal up to one.
 
     Equal pieces rather than full ones and a remainder: 1025 at 1024 gives 513 + 512, not 1024 + 1.

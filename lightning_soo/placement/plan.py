@@ -229,8 +229,7 @@ class Plan:
 
 def _matrices(block: Block) -> list[list[int]]:
     """What a digest says of a block's preconditioners: their dimensions, and the orders where one has several."""
-    several = any(len(ranges) > 1 for ranges in block.diagonals)
-    return [list(block.dims)] + ([list(block.orders)] if several else [])
+    return [list(block.dims)] + ([list(block.orders)] if block.has_several else [])
 
 
 def _largest_over_mean(values: Sequence[float]) -> float:

@@ -114,8 +114,7 @@ def _blocks_text(parameter: PlannedParameter) -> str:
     shapes = sorted({unit.block.shape for unit in parameter.units}, reverse=True)
     sides = "" if len(parameter.units[0].block.dims) == len(shapes[0]) else f" dims {parameter.units[0].block.dims}"
     largest = max(parameter.units, key=lambda unit: unit.block.shape).block
-    several = any(len(ranges) > 1 for ranges in largest.diagonals)
-    factors = f", factors of {max(largest.orders)}" if several else ""
+    factors = f", factors of {max(largest.orders)}" if largest.has_several else ""
     return f"{len(parameter.units)} of {'x'.join(map(str, shapes[0]))}{sides}{factors}"
 
 

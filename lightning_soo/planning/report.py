@@ -84,34 +84,26 @@ class Report:
         ]
         smaller = self._smaller_dim(interval * step * cores)
         if smaller is not None:
-            ways.append("{}={}".format(*smaller))
+            ways.append(f"max_factor_dim={smaller}")
         return [
             f"refreshes cannot keep up: the slowest rank needs {needed:.3g} core-seconds in an interval of {interval} "
             f"steps, which has {interval * step * cores:.3g} ({interval} x {step:.3g} s x {cores:g} cores). Enough "
             f"would be {', or '.join(ways)}"
         ]
 
-    def _smaller_dim(self, core_seconds: float) -> tuple[str, int] | None:
-        """The option that bounds matrices, and the largest halved value with which a rank's refreshes take no more.
-
-        A balance of 1.05 is allowed for.
-        """
+    def _smaller_dim(self, core_seconds: float) -> int | None:
+        """The largest halved ``max_factor_dim`` with which a rank's refreshes take no more, with a balance of 1.05."""
         options, plan = self.optimizer.options, self.found.plan
         if plan.adds_up:
             return None  # layers are not cut by size
         specs = [parameter.spec for parameter in plan.parameters]
         slower = Machine.core_rate / self.machine.core_rate
-        factors = options.max_factor_dim is not None and options.max_factor_dim < options.max_preconditioner_dim
-        size = (options.max_factor_dim if factors else None) or options.max_preconditioner_dim
-        size //= 2
+        size = min(options.max_factor_dim or options.max_preconditioner_dim, options.max_preconditioner_dim) // 2
         while size >= _SMALLEST_DIM:
-            if factors:
-                rules = replace(options.block_rules, max_factor_dim=size)
-            else:
-                rules = replace(options.block_rules, max_preconditioner_dim=size)
+            rules = replace(options.block_rules, max_factor_dim=size)
             total = slower * self._refresh_milliseconds(specs, rules) / 1000
             if TOLERANCE * total / plan.ranks <= core_seconds:
-                return "max_factor_dim" if factors else "max_preconditioner_dim", size
+                return size
             size //= 2
         return None
 

@@ -283,12 +283,13 @@ class Net(nn.Sequential):
     ("model", "options", "match"),
     [
         (Net, {"max_preconditioner_dim": 4}, "no saved block .* max_preconditioner_dim"),
+        (Net, {"max_factor_dim": 4}, "saved statistics have shapes .* max_factor_dim"),
         (lambda: Net(hidden=8), {}, r"0.weight: its shape is \(8, 6\) here, \(10, 6\) in the checkpoint"),
         (lambda: Net(further=True), {}, "3.weight: the checkpoint does not have this parameter"),
         (lambda: nn.Sequential(Net()), {}, "0.0.weight: the checkpoint does not have this parameter"),
         (lambda: Net(frozen=True), {}, "preconditioner of 0.weight: this run does not precondition it"),
     ],
-    ids=["blocks", "shape", "added", "renamed", "frozen"],
+    ids=["blocks", "factors", "shape", "added", "renamed", "frozen"],
 )
 def test_row_26_what_differs_is_reported_by_parameter(
     kind: str, folder: Path, model: Callable[[], nn.Module], options: dict[str, Any], match: str

@@ -115,7 +115,8 @@ def train(monkeypatch: pytest.MonkeyPatch, function: str, steps: int = 40, **opt
     monkeypatch.setattr(KroneckerStatistics, "root_job", root_job)
     torch.manual_seed(0)
     net = nn.Linear(6, 6)
-    optimizer = Shampoo(net, precondition_frequency=2, start_preconditioning_step=1, **options)
+    options = {"precondition_frequency": 2, **options}
+    optimizer = Shampoo(net, start_preconditioning_step=1, **options)
     for _ in range(steps):
         optimizer.zero_grad()
         net(torch.randn(4, 6)).square().mean().backward()
@@ -131,6 +132,16 @@ def test_refreshes_that_cannot_keep_up_are_said_once(
         optimizer = train(monkeypatch, "slow", workers=kind)
     assert caplog.text.count("cannot keep up") == 1 and "precondition_frequency (2)" in caplog.text
     assert optimizer.diagnostics()["refresh_wait_seconds"] > 0.1
+    optimizer.close()
+
+
+def test_what_is_waited_for_while_the_interval_grows_passes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        growing = {"first": 2, "growth": 1.01, "max": 100}
+        optimizer = train(monkeypatch, "slow", workers="thread", precondition_frequency=growing)
+    assert "cannot keep up" not in caplog.text and optimizer.diagnostics()["refresh_wait_seconds"] > 0.1
     optimizer.close()
 
 
