@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lightning_soo.checks import require_whole_number
 from lightning_soo.naming import nearest
 
 
@@ -46,8 +47,7 @@ class AdaptiveDamping:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"adaptive_damping: interval={self.interval!r}: must be a whole number of at least 1")
+        require_whole_number("adaptive_damping: interval", self.interval, minimum=1)
         if not 0 < self.factor < 1:
             raise ValueError(f"adaptive_damping: factor={self.factor}: must be in (0, 1)")
         if not 0 < self.low < self.high:

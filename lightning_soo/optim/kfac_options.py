@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_soo.naming import nearest
+from lightning_soo.checks import require_choice, require_whole_number
 from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.options import ShampooOptions
 
@@ -62,9 +62,7 @@ class KFACOptions(ShampooOptions):
         if not 0 <= self.factor_decay < 1:
             raise ValueError(f"factor_decay={self.factor_decay}: must be in [0, 1)")
         for name in ("statistics_ranks", "statistics_positions"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1, or None")
+            require_whole_number(name, getattr(self, name), minimum=1, optional=True)
         for name, choices in (
             ("damping_method", DAMPING_METHODS),
             ("fisher", FISHERS),
@@ -73,8 +71,7 @@ class KFACOptions(ShampooOptions):
             ("batch_reduction", REDUCTIONS),
             ("moves_the_rest", FALLBACKS),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
+            require_choice(name, getattr(self, name), choices)
 
     ridge: ClassVar[str] = "damping"
 

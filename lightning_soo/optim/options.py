@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_soo.checks import require_choice, require_whole_number
 from lightning_soo.naming import nearest
-from lightning_soo.placement.blocks import MERGE_DIMS, Block, BlockRules
+from lightning_soo.placement.blocks import Block, BlockRules
 from lightning_soo.placement.chains import CHAINS
 from lightning_soo.placement.costs import product_flops
 from lightning_soo.placement.overrides import Override
@@ -103,11 +104,12 @@ class ShampooOptions:
         )
 
     def __post_init__(self) -> None:
-        for name in ("statistics_frequency", "max_preconditioner_dim", "exchange_bucket_bytes"):
-            _require(name, getattr(self, name), minimum=1)
-        for name in ("gather_frequency", "start_preconditioning_step", "one_sided_above", "max_factor_dim"):
-            _require(name, getattr(self, name), minimum=1, optional=True)
-        _require("refresh_delay", self.refresh_delay, minimum=0, optional=True)
+        self.block_rules.check()
+        for name in ("statistics_frequency", "exchange_bucket_bytes"):
+            require_whole_number(name, getattr(self, name), minimum=1)
+        for name in ("gather_frequency", "start_preconditioning_step"):
+            require_whole_number(name, getattr(self, name), minimum=1, optional=True)
+        require_whole_number("refresh_delay", self.refresh_delay, minimum=0, optional=True)
         require_timeout(self.collective_timeout)
         if not self.preconditioner_eps >= 0:
             raise ValueError(f"preconditioner_eps={self.preconditioner_eps}: must be at least 0")
@@ -120,13 +122,11 @@ class ShampooOptions:
         if self.grafting_beta2 is not None and not 0 <= self.grafting_beta2 <= 1:
             raise ValueError(f"grafting_beta2={self.grafting_beta2}: must be in [0, 1]")
         for name, choices in (
-            ("merge_dims", MERGE_DIMS),
             ("grafting_norm", GRAFT_NORMS),
             ("nonfinite", NONFINITE),
             ("basis", BASES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}{nearest(str(getattr(self, name)), choices)}")
+            require_choice(name, getattr(self, name), choices)
         if self.grafting is not None and self.grafting not in GRAFTS:
             raise ValueError(f"grafting={self.grafting!r}{nearest(str(self.grafting), GRAFTS)} (or None)")
 
@@ -191,9 +191,8 @@ class SONewOptions(ShampooOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("bandwidth", self.bandwidth, minimum=0)
-        if self.chain not in CHAINS:
-            raise ValueError(f"chain={self.chain!r}{nearest(str(self.chain), CHAINS)}")
+        require_whole_number("bandwidth", self.bandwidth, minimum=0)
+        require_choice("chain", str(self.chain), CHAINS)
         if self.gamma is not None and not 0 <= self.gamma < 1:
             raise ValueError(f"gamma={self.gamma}: must be in [0, 1), or None")
 
@@ -297,10 +296,3 @@ def refuse_repeated(groups: list[dict[str, Any]]) -> None:
                 "weights once, as model.parameters() does"
             )
         seen[id(parameter)] = index
-
-
-def _require(name: str, value: int | None, *, minimum: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {minimum}{' or None' * optional}")

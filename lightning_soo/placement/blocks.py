@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from lightning_soo.checks import require_choice, require_whole_number
+
 MERGE_DIMS = ("none", "kernel", "all")
 
 # above the widths of models, below most vocabularies
@@ -24,6 +26,15 @@ class BlockRules:
     precondition_1d: bool = False
     one_sided_above: int | None = None
     is_embedding: bool = False
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: a limit that is not a whole number of at least 1, or no way to merge dimensions.
+        """
+        require_whole_number("max_preconditioner_dim", self.max_preconditioner_dim, minimum=1)
+        require_whole_number("max_factor_dim", self.max_factor_dim, minimum=1, optional=True)
+        require_whole_number("one_sided_above", self.one_sided_above, minimum=1, optional=True)
+        require_choice("merge_dims", self.merge_dims, MERGE_DIMS)
 
     @property
     def one_sided_limit(self) -> int:
@@ -107,8 +118,7 @@ def merge_shape(shape: tuple[int, ...], merge_dims: str, max_preconditioner_dim:
     ``"all"``: dimensions of size one dropped, then merged from the right while the product is at most
     ``max_preconditioner_dim``.
     """
-    if merge_dims not in MERGE_DIMS:
-        raise ValueError(f"merge_dims={merge_dims!r}: choose one of {', '.join(MERGE_DIMS)}")
+    require_choice("merge_dims", merge_dims, MERGE_DIMS)
     if merge_dims == "kernel" and len(shape) > 2:
         return shape[0], math.prod(shape[1:])
     if merge_dims != "all":

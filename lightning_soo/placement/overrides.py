@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightning_soo.checks import require_choice
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import BlockRules
 
@@ -58,9 +59,13 @@ class Override:
         except re.error as error:
             raise ValueError(f"overrides: match={match!r} is not a regular expression: {error}") from None
         method = entry.get("method")
-        if method is not None and method not in METHODS:
-            raise ValueError(f"overrides: method={method!r} for match={match!r}{nearest(str(method), METHODS)}")
         rules = {key: value for key, value in entry.items() if key not in ("match", "method")}
+        try:
+            if method is not None:
+                require_choice("method", method, METHODS)
+            BlockRules(**rules).check()
+        except ValueError as error:
+            raise ValueError(f"overrides, match={match!r}: {error}") from None
         return cls(match=match, method=method, rules=rules)
 
     def matches(self, spec: ParameterSpec) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any
 
+from lightning_soo.checks import require_whole_number
 from lightning_soo.naming import nearest
 from lightning_soo.placement.assignment import assign
 from lightning_soo.placement.blocks import Block
@@ -49,9 +50,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         for name in ("first", "max"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"precondition_frequency: {name}={value!r}: must be a whole number of at least 1")
+            require_whole_number(f"precondition_frequency: {name}", getattr(self, name), minimum=1)
         if self.max < self.first:
             raise ValueError(f"precondition_frequency: max={self.max} is below first={self.first}")
         if not self.growth >= 1:

@@ -75,3 +75,12 @@ def test_overrides() -> None:
         build_plan(specs, BlockRules(), overrides=[Override.from_mapping({"match": "lm_heat.weight"})])
     with pytest.raises(ValueError, match="max_preconditioner_dim"):
         Override.from_mapping({"match": "x", "max_preconditioner_dims": 3})
+    for entry, said in (
+        ({"max_factor_dim": 0}, r"match='x': max_factor_dim=0: must be a whole number of at least 1, or None"),
+        ({"max_preconditioner_dim": None}, "max_preconditioner_dim=None: must be a whole number of at least 1$"),
+        ({"one_sided_above": 2.5}, r"one_sided_above=2\.5"),
+        ({"merge_dims": "kernels"}, "match='x': merge_dims='kernels'; did you mean 'kernel'"),
+        ({"method": "shampo"}, "match='x': method='shampo'; did you mean 'shampoo'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Override.from_mapping({"match": "x", **entry})
