@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_soo import KFAC, SOAP, Shampoo
 from lightning_soo.optim.options import ShampooOptions
+from lightning_soo.refresh.schedule import GROWING
 
 BETAS = (0.9, 0.99)
 # class, and what it is given beside a learning rate
@@ -28,6 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours, float32": {"compute_dtype": "float32"},
     "ours, SOAP": {"method": "soap"},
 }
+# Shampoo's and SOAP's defaults as they are once the interval has grown, from the first step on: to wait for it takes
+# 659 steps. For costs alone
+GROWN: dict[str, Any] = {"precondition_frequency": int(GROWING["max"])}
 _EXECUTION = ("workers", "exchange_bucket_bytes", "collective_timeout")  # these change no number
 
 
@@ -131,11 +135,12 @@ def _peer(
     )
 
 
-def contenders(variants: Sequence[str] = ("ours, defaults",)) -> list[Contender]:
+def contenders(variants: Sequence[str] = ("ours, defaults",), **given: Any) -> list[Contender]:
     """AdamW foreach is first: ratios are to it.
 
     Args:
         variants: names of ``VARIANTS``.
+        given: options of all of them.
     """
     adamw = {"betas": BETAS, "weight_decay": 0.0}
     return [
@@ -148,7 +153,7 @@ def contenders(variants: Sequence[str] = ("ours, defaults",)) -> list[Contender]
             options=plain({"optimizer": "torch.optim.Muon", "adamw_lr_ratio": 1.0, "adamw": adamw, **MUON}),
             start=1e-3,
         ),
-        *(from_library(name, **VARIANTS[name]) for name in variants),
+        *(from_library(name, **VARIANTS[name], **given) for name in variants),
         *_peer(
             "HeavyBall SOAP, every 10",
             "heavyball.SOAP",
@@ -184,15 +189,18 @@ def contenders(variants: Sequence[str] = ("ours, defaults",)) -> list[Contender]
     ]
 
 
-def choose(names: Sequence[str] | None) -> list[Contender]:
+def choose(names: Sequence[str] | None, **given: Any) -> list[Contender]:
     """AdamW foreach, and those whose name begins so; without names everyone but the variants.
+
+    Args:
+        given: options of all of ours.
 
     Raises:
         SystemExit: nobody's name begins so.
     """
     if not names:
-        return contenders()
-    everyone = contenders(tuple(VARIANTS))
+        return contenders(**given)
+    everyone = contenders(tuple(VARIANTS), **given)
     for name in names:
         if not any(contender.name.startswith(name) for contender in everyone):
             raise SystemExit(f"no contender is called {name!r}: {', '.join(c.name for c in everyone)}")

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from contenders import GROWN
 from measure import machine, report
 from tasks import text_gpt
-from world import ENGINES, GROWN, Training, Watched, options, parsed, start_world
+from world import ENGINES, Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 from lightning_soo.placement.plan import Plan, Unit

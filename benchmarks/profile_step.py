@@ -3,8 +3,8 @@
 python benchmarks/profile_step.py [--threads 1 2] [--tasks autoencoder-250 text-gpt] [--output FILE]
 
 Functions of the library are timed from outside while they run; a phase does not contain the phases it calls. Each
-method runs with its defaults over one of its longest intervals, after the intervals have grown, so that statistics and
-refreshes are counted at their share of a step.
+method runs with its defaults over one interval, for Shampoo and SOAP the one to which the default grows, so that
+statistics and refreshes are counted at their share of a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import BETAS
+from contenders import BETAS, GROWN
 from measure import eigh_seconds, gemm_rate, machine, memory_rate, report
 from tasks import Task, autoencoder, digits, text_gpt
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ TASKS: dict[str, Callable[[], Task]] = {
     "text-gpt": text_gpt,
 }
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
-    "Shampoo": lambda net: Shampoo(net, lr=1e-4, betas=BETAS),
-    "SOAP": lambda net: SOAP(net, lr=1e-4, betas=BETAS),
+    "Shampoo": lambda net: Shampoo(net, lr=1e-4, betas=BETAS, **GROWN),
+    "SOAP": lambda net: SOAP(net, lr=1e-4, betas=BETAS, **GROWN),
     "K-FAC": lambda net: KFAC(net, lr=1e-4),
 }
 MODEL, OTHER, REFRESH = "forward and backward pass", "the rest: Python, views, copies", "refreshes, waited for"
@@ -144,15 +144,14 @@ class Profile:
 
 
 def profile(task: Task, make: Callable[[nn.Module], Any]) -> tuple[Profile, int, float]:
-    """The profile of one longest interval, its steps, and the cubes of orders that were refreshed in it.
+    """The profile of one interval, its steps, and the cubes of orders that were refreshed in it.
 
     A job is counted as the cube of an order over 1000^3, so that seconds of one such ``eigh`` can be multiplied.
     """
     net = task.model()
     optimizer = make(net)
-    interval = optimizer.options.precondition_frequency
-    longest = interval.max
-    grown = optimizer.options.start + sum(interval.short_lengths()) + longest
+    interval = optimizer.options.precondition_frequency.max
+    begun = optimizer.options.start + interval
     found = Profile()
 
     def steps(first: int, last: int) -> None:
@@ -164,13 +163,13 @@ def profile(task: Task, make: Callable[[nn.Module], Any]) -> tuple[Profile, int,
                 optimizer.step()
                 optimizer.zero_grad()
 
-    steps(0, grown)
+    steps(0, begun)
     with found.installed():
         found.seconds.clear()
-        steps(grown, grown + longest)
+        steps(begun, begun + interval)
     cubes = sum((order / 1000) ** 3 for unit in optimizer.attach().units for order in unit.block.orders)
     optimizer.close()
-    return found, longest, cubes
+    return found, interval, cubes
 
 
 def table(found: Profile, steps: int, cubes: float, flops: float, rates: dict[str, float]) -> list[str]:

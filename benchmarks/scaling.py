@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from contenders import GROWN
 from measure import machine, report, spread
 from tasks import text_gpt
-from world import GROWN, Training, Watched, options, parsed, start_world
+from world import Training, Watched, options, parsed, start_world
 
 from lightning_soo import Shampoo
 

@@ -3,7 +3,8 @@
 python benchmarks/step_time.py [--repeats 5] [--tasks autoencoder-250 autoencoder-1000 gpt text-gpt] [--output FILE]
 
 Contenders take turns, one refresh cycle each, so that a slow minute of the machine hits all of them; ratios are taken
-within a turn. Ours runs with its defaults and, beside them, with float32 products. Peers take part where installed:
+within a turn. Ours runs with its defaults, the interval as it is once it has grown, and, beside them, with float32
+products. Peers take part where installed:
 pip install heavyball pytorch_optimizer.
 """
 
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from contenders import Contender, Unsuited, choose, contenders
+from contenders import GROWN, Contender, Unsuited, choose, contenders
 from measure import eigh_seconds, gemm_rate, machine, memory_rate, spread
 from tasks import Task, autoencoder, digits, small_gpt, text_gpt
 
@@ -64,7 +65,7 @@ class Runner:
             self.optimizing.append(1000 * optimizing / steps)
 
     def warm_up(self) -> None:
-        """Until costs repeat: every root is in use, and intervals have grown."""
+        """Until costs repeat: every root is in use."""
         for _ in range(math.ceil(self.contender.warm_up / self.contender.cycle)):
             self.turn(self.contender.cycle, keep=False)
 
@@ -138,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    chosen = choose(arguments.contenders) if arguments.contenders else contenders(OURS)
+    chosen = choose(arguments.contenders, **GROWN) if arguments.contenders else contenders(OURS, **GROWN)
     rates = {
         "float32": gemm_rate(torch.float32),
         "bfloat16": gemm_rate(torch.bfloat16),

@@ -22,10 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_soo.refresh.schedule import GROWING
-
-# the defaults as they are once the interval has grown, from the first step on: to wait for it takes 500 steps
-GROWN: dict[str, Any] = {"precondition_frequency": int(GROWING["max"])}
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero-2")
 Make = Callable[[nn.Module], Any]
 
