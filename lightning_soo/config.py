@@ -175,7 +175,7 @@ def import_yaml(purpose: str) -> ModuleType:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """YAML, with ``1e-3`` a number as in YAML 1.2.
+    """YAML, with ``1e-3`` a number as in YAML 1.2, and ``None`` as ``null``: so options are written in Python.
 
     Raises:
         ImportError: PyYAML is missing.
@@ -189,6 +189,7 @@ def parse_yaml(text: str, source: str) -> Any:
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

@@ -69,7 +69,8 @@ def inverse_root(
         max_residual: a root whose probe residual is above this is not returned.
 
     Raises:
-        InverseRootError: the matrix is zero or not finite, or no solver gave a root that verifies.
+        InverseRootError: the matrix is zero (but for an absolute ridge) or not finite, or no solver gave a root that
+            verifies.
         ValueError: unknown solver, or an exponent the solver cannot take.
     """
     if solver not in ("eigh", "newton"):
@@ -83,6 +84,8 @@ def inverse_root(
     a = (a + a.T) * 0.5
     # LAPACK and the probe work on a matrix of size one, so that gradients of 1e+20 or 1e-20 are no special case.
     size = float(np.abs(a).max(initial=0.0))
+    if not relative_eps:
+        size = max(size, eps)
     if size == 0.0:
         raise InverseRootError(f"matrix of order {order} is zero: there is nothing to take the root of")
     a = a / size
@@ -212,12 +215,50 @@ def _largest_eigenvalue(a: Matrix, iterations: int = 100) -> float:
 
 
 def inverse_roots(
-    arrays: tuple[npt.NDArray[np.floating], ...], *, divisor: float, exponent: float, eps: float, relative_eps: bool
+    arrays: tuple[npt.NDArray[np.floating], ...],
+    *,
+    divisor: float,
+    exponent: float,
+    eps: float,
+    relative_eps: bool,
+    counts: list[int] | None = None,
 ) -> tuple[tuple[Matrix, ...], dict[str, float]]:
-    """``(A / divisor + ridge I)^(-1/exponent)`` of every array, as a refresh job (see ``refresh/jobs.py``)."""
-    scaled = [np.asarray(array, np.float64) / divisor for array in arrays]
-    found = [inverse_root(matrix, exponent, eps=eps, relative_eps=relative_eps) for matrix in scaled]
-    return tuple(f.root for f in found), {
-        "condition_number": max(f.condition_number for f in found),
-        "residual": max(f.residual for f in found),
+    """``(A / divisor + ridge I)^(-1/exponent)`` of every array, as a refresh job (see ``refresh/jobs.py``).
+
+    Args:
+        counts: how many arrays each dimension has; by default one. Several are the diagonal of one matrix.
+    """
+    scaled = iter([np.asarray(array, np.float64) / divisor for array in arrays])
+    roots: list[Matrix] = []
+    conditions, residuals = [0.0], [0.0]
+    for count in counts if counts is not None else [1] * len(arrays):
+        along_diagonal = [next(scaled) for _ in range(count)]
+        if not any(matrix.any() for matrix in along_diagonal):
+            # no gradient has come: with zero roots this part stands still until the refresh that follows its first
+            roots += [np.zeros_like(matrix) for matrix in along_diagonal]
+            continue
+        found = _along_diagonal(along_diagonal, exponent, eps, relative_eps)
+        roots += [one.root for one in found]
+        conditions += [one.condition_number for one in found]
+        residuals += [one.residual for one in found]
+    return tuple(roots), {"condition_number": max(conditions), "residual": max(residuals)}
+
+
+def _along_diagonal(matrices: list[Matrix], exponent: float, eps: float, relative_eps: bool) -> list[InverseRoot]:
+    """Roots of the matrices along one diagonal, each with a ridge of its own size.
+
+    One that is as small as the whole matrix's ridge, or zero, gets that ridge: relative to itself a part without
+    gradients would have none, and when they come the old root would make them outweigh all others.
+    """
+    sizes = [float(np.abs(matrix).max(initial=0.0)) for matrix in matrices]
+    small = [relative_eps and size <= eps * max(sizes) for size in sizes]
+    found = {
+        index: inverse_root(matrix, exponent, eps=eps, relative_eps=relative_eps)
+        for index, matrix in enumerate(matrices)
+        if not small[index]
     }
+    ridge = max(one.ridge for one in found.values())
+    for index, matrix in enumerate(matrices):
+        if small[index]:
+            found[index] = inverse_root(matrix, exponent, eps=ridge, relative_eps=False)
+    return [found[index] for index in range(len(matrices))]

@@ -78,8 +78,8 @@ def _difference(
         entry = blocks.get(unit.key)
         if entry is None:
             return (
-                f"no saved block {unit.key!r}: was max_preconditioner_dim, merge_dims, an override or requires_grad "
-                "changed?"
+                f"no saved block {unit.key!r}: was max_preconditioner_dim, merge_dims, precondition_1d, "
+                "one_sided_above, an override or requires_grad changed?"
             )
         saved = entry.get("statistics", {}).get("matrices"), entry.get("roots")
         layouts = kind.statistics_layouts(unit.block), kind.root_layouts(unit.block)

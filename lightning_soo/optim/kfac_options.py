@@ -74,6 +74,7 @@ class KFACOptions(ShampooOptions):
             require_choice(name, getattr(self, name), choices)
 
     ridge: ClassVar[str] = "damping"
+    limit: ClassVar[str | None] = None  # layers are not cut
 
     @property
     def fallback(self) -> str | None:

@@ -154,12 +154,16 @@ def make_members(
     old = {block.block.key: block for member in previous for block in member.blocks}
     counters = {member.name: member.counter for member in previous if member.counter is not None}
     sharing = Counter(id(fragment.tensor) for fragment in layout.fragments)
+
+    def kept_or_new(unit: Unit, fragment: Fragment, spec: ParameterSpec) -> KroneckerBlock:
+        kept = old.get(unit.key)
+        if kept is not None and kept.block == unit.block:  # a module's class may have changed what is preconditioned
+            return kept
+        return _new_block(block_class, unit, fragment, spec, options, fast_bfloat16)
+
     members = []
     for index, (fragment, planned) in enumerate(zip(layout.fragments, plan.parameters, strict=True)):
-        blocks = [
-            old.get(unit.key) or _new_block(block_class, unit, fragment, planned.spec, options, fast_bfloat16)
-            for unit in planned.units
-        ]
+        blocks = [kept_or_new(unit, fragment, planned.spec) for unit in planned.units]
         for unit, block in zip(planned.units, blocks, strict=True):
             if unit.place.keeper == rank and block.statistics is None:
                 block.statistics = KroneckerStatistics.zeros(

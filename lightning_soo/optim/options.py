@@ -76,6 +76,7 @@ class ShampooOptions:
     overrides: tuple[Override, ...] = ()
     workers: WorkerOptions = field(default_factory=WorkerOptions)
     ridge: ClassVar[str] = "preconditioner_eps"  # what to raise where a matrix cannot be inverted
+    limit: ClassVar[str | None] = "max_factor_dim"  # what to lower where refreshes take too long
 
     @classmethod
     def parse(

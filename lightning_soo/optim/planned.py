@@ -138,6 +138,7 @@ class PlannedOptimizer(PlannableOptimizer):
             transport=transport,
             max_failures=self.options.workers.max_failures,
             ridge=self.options.ridge,
+            limit=self.options.limit,
         )
         if self._refresher is not None:
             self._refresher.hand_over(refresher)

@@ -43,14 +43,19 @@ class Refresher:
         transport: Transport,
         max_failures: int,
         ridge: str = "preconditioner_eps",
+        limit: str | None = "max_factor_dim",
     ) -> None:
+        """Args:
+        ridge: the option to raise where a matrix cannot be inverted.
+        limit: the option to lower where refreshes take too long.
+        """
         self.blocks = blocks
         self.places = {unit.key: unit.place for unit in sorted(plan.units, key=lambda unit: unit.key)}
         self.schedule = schedule
         self.background = background
         self._transport = transport
         self.rank, self.ranks = transport.rank, transport.size
-        self._max_failures, self._ridge = max_failures, ridge
+        self._max_failures, self._ridge, self._limit = max_failures, ridge, limit
         self.in_flight: list[InFlight] = []
         self._gathering: Gathering | None = None
         self._late, self._said = 0, False
@@ -158,7 +163,7 @@ class Refresher:
         """Give another refresher what is in flight: the plan was built anew, the executor stays."""
         self._finish_gather()
         other.waited, other._late, other._said = self.waited, self._late, self._said
-        other.in_flight = [entry for entry in self.in_flight if entry.key in other.blocks]
+        other.in_flight = [entry for entry in self.in_flight if other.blocks.get(entry.key) is self.blocks[entry.key]]
 
     def _collect(self, entry: InFlight) -> None:
         """Take this rank's own result from the executor, waiting for it if need be."""
@@ -182,12 +187,13 @@ class Refresher:
             self._said = True
             logger.warning(
                 "refreshes cannot keep up: the last %d results were waited for (%.2f s for the last one, which took "
-                "%.2f s). Raise precondition_frequency (%s) or refresh_delay, give workers more cores "
-                "(workers={'kind': 'process', 'count': ...}), or lower max_preconditioner_dim",
+                "%.2f s). Raise precondition_frequency (%s) or refresh_delay, %sgive workers more cores "
+                "(workers={'kind': 'process', 'count': ...})",
                 self._late,
                 waited,
                 seconds,
                 self.schedule.interval,
+                f"lower {self._limit}, or " if self._limit else "or ",
             )
 
     def _start_gather(self, entries: list[InFlight]) -> None:

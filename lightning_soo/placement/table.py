@@ -20,7 +20,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
     groups: dict[tuple[object, ...], list[PlannedParameter]] = {}
     for parameter in plan.parameters:
         folded = re.sub(r"(?<![A-Za-z_])\d+(?![A-Za-z_])", "*", parameter.name)
-        kinds = tuple(u.block.dims for u in parameter.units), bool(parameter.joined), parameter.note
+        kinds = tuple((u.block.dims, u.block.orders) for u in parameter.units), bool(parameter.joined), parameter.note
         key = (folded, parameter.spec.shape, parameter.reason, kinds)
         groups.setdefault(key, []).append(parameter)
     rows = [_HEADER]

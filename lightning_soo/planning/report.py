@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_soo.optim.planned import PlannedOptimizer
-from lightning_soo.placement.assignment import TOLERANCE
+from lightning_soo.placement.assignment import TOLERANCE, smallest_largest_load
 from lightning_soo.placement.blocks import BlockRules, partition
 from lightning_soo.placement.costs import refresh_milliseconds
 from lightning_soo.placement.overrides import ParameterSpec, resolve
@@ -92,7 +92,7 @@ class Report:
         ]
 
     def _smaller_dim(self, core_seconds: float) -> int | None:
-        """The largest halved ``max_factor_dim`` with which a rank's refreshes take no more, with a balance of 1.05."""
+        """The largest halved ``max_factor_dim`` with which no rank's refreshes take more."""
         options, plan = self.optimizer.options, self.found.plan
         if plan.adds_up:
             return None  # layers are not cut by size
@@ -101,22 +101,23 @@ class Report:
         size = min(options.max_factor_dim or options.max_preconditioner_dim, options.max_preconditioner_dim) // 2
         while size >= _SMALLEST_DIM:
             rules = replace(options.block_rules, max_factor_dim=size)
-            total = slower * self._refresh_milliseconds(specs, rules) / 1000
-            if TOLERANCE * total / plan.ranks <= core_seconds:
+            milliseconds = smallest_largest_load(self._refresh_milliseconds(specs, rules), plan.ranks)
+            if TOLERANCE * slower * milliseconds / 1000 <= core_seconds:
                 return size
             size //= 2
         return None
 
-    def _refresh_milliseconds(self, specs: Sequence[ParameterSpec], rules: BlockRules) -> float:
-        known: dict[tuple[object, ...], float] = {}
-        total = 0.0
+    def _refresh_milliseconds(self, specs: Sequence[ParameterSpec], rules: BlockRules) -> list[float]:
+        """Of every block."""
+        known: dict[tuple[object, ...], list[float]] = {}
+        found: list[float] = []
         for spec, (method, own) in zip(specs, resolve(specs, rules, self.optimizer.options.overrides), strict=True):
             if method == "none" or not spec.requires_grad:
                 continue
             if (spec.shape, own) not in known:
-                known[spec.shape, own] = sum(map(refresh_milliseconds, partition(spec.name, spec.shape, own)[0]))
-            total += known[spec.shape, own]
-        return total
+                known[spec.shape, own] = list(map(refresh_milliseconds, partition(spec.name, spec.shape, own)[0]))
+            found += known[spec.shape, own]
+        return found
 
     def _uneven(self) -> list[str]:
         plan, statistics = self.found.plan, self.found.statistics_flops

@@ -69,11 +69,14 @@ class KroneckerStatistics:
             for start, stop in ranges:
                 add_gram_(next(matrices), unfolded[start:stop], beta=decay, alpha=weight)
 
-    def root_job(self, *, correction: float, exponent: float, eps: float, relative_eps: bool) -> Job:
+    def root_job(
+        self, *, correction: float, exponent: float, eps: float, relative_eps: bool, counts: Sequence[int]
+    ) -> Job:
         """What a worker needs to compute this block's roots, but for its arrays: :attr:`matrices`, brought to the host.
 
         Args:
             correction: ``c2``, by which the statistics are divided.
+            counts: how many of the matrices each dimension has.
         """
         return Job(
             function="lightning_soo.linalg.inverse_roots:inverse_roots",
@@ -83,6 +86,7 @@ class KroneckerStatistics:
                 "exponent": exponent,
                 "eps": eps,
                 "relative_eps": relative_eps,
+                "counts": list(counts),
             },
             result_bytes=sum(8 * matrix.numel() for matrix in self.matrices),
         )
@@ -196,6 +200,7 @@ class KroneckerBlock:
             exponent=self.root_exponent,
             eps=options.preconditioner_eps,
             relative_eps=options.relative_eps,
+            counts=[len(ranges) for ranges in self.block.diagonals],
         )
 
     def refresh_in_place(self, statistics: KroneckerStatistics, options: ShampooOptions) -> JobResult | None:

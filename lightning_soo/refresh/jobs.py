@@ -29,7 +29,7 @@ class Job:
         function: ``"module:function"`` of a pure numpy function ``(arrays, **options) -> (arrays, diagnostics)``; the
             module must not import torch, since a worker process imports it.
         arrays: may be views of live statistics: whoever keeps them past ``submit`` copies them.
-        options: plain numbers, booleans and strings.
+        options: plain numbers, booleans, strings, and lists of them.
         result_bytes: at least what the resulting arrays take, each rounded up to 8.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -53,8 +54,8 @@ class Interval:
             require_whole_number(f"precondition_frequency: {name}", getattr(self, name), minimum=1)
         if self.max < self.first:
             raise ValueError(f"precondition_frequency: max={self.max} is below first={self.first}")
-        if not self.growth >= 1:
-            raise ValueError(f"precondition_frequency: growth={self.growth!r}: must be at least 1")
+        if not isinstance(self.growth, int | float) or not 1 <= self.growth < math.inf:
+            raise ValueError(f"precondition_frequency: growth={self.growth!r}: must be a finite number of at least 1")
         if self.max > self.first and not self.growth > 1:
             raise ValueError(f"precondition_frequency: growth={self.growth!r} never reaches max={self.max}")
 

@@ -257,6 +257,48 @@ def test_row_37_whole_runs_stay_finite(method: str, size: float) -> None:
             assert length == pytest.approx(lengths[0][step], rel=1e-4, abs=1e-30), step
 
 
+@pytest.mark.parametrize("limit", ["max_factor_dim", "max_preconditioner_dim"])
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+def test_row_38_a_part_that_no_gradient_reaches(method: str, size: float, limit: str) -> None:
+    """Inputs that are never seen, or whose squares vanish in float32: the rest moves as if they were not there."""
+    gradients = [randoms(8, 24, seed=step) for step in range(40)]
+    options = {"workers": "inline", "stagger": False, limit: 8} | ({"grafting": None} if method == "shampoo" else {})
+    expected = directions(method, [g[:, 8:] for g in gradients], nn.Parameter(torch.zeros(8, 16)), **options)
+    for gradient in gradients:
+        gradient[:, :8] *= size
+    found = directions(method, gradients, nn.Parameter(torch.zeros(8, 24)), **options)
+    for own, without in zip(found, expected, strict=True):
+        torch.testing.assert_close(own[:, 8:], without, rtol=1e-4, atol=1e-4 * float(without.abs().max()))
+        assert torch.isfinite(own).all() and (size > 0.0 or not own[:, :8].any())
+
+
+def test_row_38_a_part_that_a_gradient_reaches_late() -> None:
+    """Roots that saw none of it are those of the whole matrix; a block of its own waits for its next refresh."""
+    first, *later = (randoms(8, 24, seed=step) for step in range(4))
+    first[:, :8] = 0.0
+    options = PLAIN | {"precondition_frequency": 3, "grafting": None, "betas": (0.0, 0.9), "exponent_override": "2k"}
+    del options["lr"]
+    _, found, *_ = directions("shampoo", [first, *later], nn.Parameter(torch.zeros(8, 24)), **options, max_factor_dim=8)
+    sides = first @ first.T, torch.block_diag(*(part.T @ part for part in first.split(8, dim=1)))
+    ridges = 1e-6 * torch.ones(8), 1e-6 * torch.ones(24)
+    for part in range(3):  # that of a part without gradients is the largest of the others'
+        largest = [float(torch.linalg.eigvalsh(sides[1][cut, cut])[-1]) for cut in (slice(8, 16), slice(16, 24))]
+        ridges[1][8 * part : 8 * part + 8] *= max(largest) if part == 0 else largest[part - 1]
+    ridges[0].mul_(float(torch.linalg.eigvalsh(sides[0])[-1]))
+    roots = []
+    for side, ridge in zip(sides, ridges, strict=True):
+        sizes, vectors = torch.linalg.eigh(side + ridge.double().diag())
+        roots.append(vectors @ (sizes**-0.25).diag() @ vectors.T)
+    torch.testing.assert_close(found, roots[0] @ later[0] @ roots[1], rtol=1e-3, atol=1e-3 * float(found.abs().max()))
+    # refreshes at steps 1 and 3
+    blocks = directions(
+        "shampoo", [first, *later], nn.Parameter(torch.zeros(8, 24)), **options, max_preconditioner_dim=8
+    )
+    moved = [bool(found[:, :8].any()) for found in blocks]
+    assert moved == [False, False, True, True] and all(torch.isfinite(found).all() for found in blocks)
+
+
 @every_method
 def test_row_38_mostly_zero_rows(method: str) -> None:
     """An embedding of which a step sees six rows of thirty, in float32, against dense matrices in float64."""

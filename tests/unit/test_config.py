@@ -47,6 +47,9 @@ def test_every_form_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = [load_config(source) for source in (mapping, YAML, file, str(file), other, line, None)]
     assert all(config == Config.from_mapping(mapping) for config in found)
     assert found[0].monitor == 20 and found[0].options["preconditioner_eps"] == 1e-5
+    line = "max_factor_dim=None,overrides=[{match: head, max_factor_dim: None}],grafting=null"
+    overrides = [{"match": "head", "max_factor_dim": None}]
+    assert load_config(line).options == {"max_factor_dim": None, "overrides": overrides, "grafting": None}
     assert load_config("kfac") == load_config("method: kfac") == load_config("{method: kfac}") == Config(method="kfac")
 
 
@@ -92,6 +95,8 @@ def test_built_and_taken_over() -> None:
         ("workers: {knd: process}", ["'knd'", "did you mean 'kind'"]),
         ("overrides: [{mtch: head}]", ["'mtch'", "did you mean 'match'"]),
         ("precondition_frequency: {first: 2}", ["'growth' is missing"]),
+        ("precondition_frequency: {first: 2, growth: .inf, max: 9}", ["growth=inf", "a finite number"]),
+        ("precondition_frequency: {first: 2, growth: fast, max: 9}", ["growth='fast'", "a finite number"]),
         ("monitor: often", ["monitor='often'"]),
         ("[1, 2]", ["expected keys and values"]),
         ("a: [1", ["not YAML"]),

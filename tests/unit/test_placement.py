@@ -10,6 +10,7 @@ from lightning_soo.placement.assignment import assign
 from lightning_soo.placement.blocks import BlockRules, merge_shape, partition
 from lightning_soo.placement.build import build_plan
 from lightning_soo.placement.overrides import Override, ParameterSpec
+from lightning_soo.placement.table import plan_table
 
 shapes = st.lists(st.integers(1, 14), min_size=1, max_size=4).map(tuple)
 
@@ -61,6 +62,14 @@ def test_tall_and_embedding_are_one_sided() -> None:
     tall, _ = partition("head", (50000, 64), BlockRules())
     embedding, _ = partition("tokens", (4096, 64), BlockRules(is_embedding=True))
     assert [block.dims for block in tall + embedding] == [(1,), (1,)]
+
+
+def test_layers_with_other_factors_have_a_row_of_their_own() -> None:
+    specs = [ParameterSpec(name=f"layers.{index}.weight", shape=(64, 64)) for index in range(4)]
+    smaller = Override.from_mapping({"match": r"layers\.2", "max_factor_dim": 16})
+    table = plan_table(build_plan(specs, BlockRules(), overrides=[smaller]), engine="single", method="m", graft="g")
+    rows = [line for line in table.splitlines() if line.startswith("layers.")]
+    assert len(rows) == 2 and [("factors of 16" in row, "(3)" in row) for row in rows] == [(False, True), (True, False)]
 
 
 def test_overrides() -> None:

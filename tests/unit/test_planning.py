@@ -152,6 +152,23 @@ def test_every_way_out_of_late_refreshes_is_enough() -> None:
     assert not report("method=shampoo,precondition_frequency=5", *common, "10").warnings()
 
 
+@pytest.mark.parametrize(("layers", "ranks", "seconds"), [(5, 4, 0.35e-3), (3, 2, 0.5e-3)])
+def test_smaller_factors_are_enough_where_blocks_cannot_be_divided_evenly(
+    layers: int, ranks: int, seconds: float
+) -> None:
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
+    machine = Machine(cores=1)
+
+    def made(**options: Any) -> Report:
+        optimizer = Shampoo(model, **options)
+        found = estimate(optimizer, optimizer.plan_elsewhere("ddp", ranks))
+        return Report(optimizer=optimizer, found=found, machine=machine, engine="ddp", step_seconds=seconds)
+
+    (text,) = [warning for warning in made().warnings() if "cannot keep up" in warning]
+    changed = made(max_factor_dim=int(text.split("max_factor_dim=")[1]))
+    assert not any("cannot keep up" in warning for warning in changed.warnings())
+
+
 def test_what_short_intervals_cost_at_the_start() -> None:
     """Intervals of 2, 4 and 8 steps; one core needs as long as 6 steps: the first roots, 4 steps and 2 steps late."""
     options = "method=shampoo,precondition_frequency={first: 2, growth: 2, max: 9}"

@@ -108,3 +108,29 @@ def test_nothing_to_precondition_is_an_error_with_the_table() -> None:
     parameter.grad = torch.ones(3)
     with pytest.raises(ValueError, match="1-D"):
         Shampoo([parameter]).step()
+
+
+def test_a_model_that_is_attached_late_says_what_an_embedding_is() -> None:
+    """Without it both sides of a table have a preconditioner; a block that becomes another begins anew."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 4, bias=False))
+    options: dict[str, Any] = {"workers": "inline", "precondition_frequency": 4, "refresh_delay": 3}
+    optimizer = Shampoo(net.named_parameters(), **options)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            net(torch.arange(12)).square().mean().backward()
+            optimizer.step()
+
+    def dims() -> list[tuple[int, ...]]:
+        return [block.block.dims for member in optimizer._members for block in member.blocks]
+
+    steps(5)  # refreshes are in flight
+    kept = optimizer._members[1].blocks[0]
+    assert dims() == [(0, 1), (0, 1)]
+    optimizer.attach(net)
+    steps(9)
+    assert dims() == [(1,), (0, 1)] and optimizer._members[1].blocks[0] is kept
+    assert all(block.ready for member in optimizer._members for block in member.blocks)
+    Shampoo(net, **options).load_state_dict(optimizer.state_dict())

@@ -131,6 +131,7 @@ def test_refreshes_that_cannot_keep_up_are_said_once(
     with caplog.at_level(logging.WARNING):
         optimizer = train(monkeypatch, "slow", workers=kind)
     assert caplog.text.count("cannot keep up") == 1 and "precondition_frequency (2)" in caplog.text
+    assert "lower max_factor_dim" in caplog.text
     assert optimizer.diagnostics()["refresh_wait_seconds"] > 0.1
     optimizer.close()
 
