@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from clock import Clock, Entry, Timed, median_times
 from contenders import Contender
 from measure import spread
@@ -117,16 +118,20 @@ def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:
         return []
 
     def row(found: Found) -> list[str]:
-        runs = clock.runs(found.longest)
-        pace = statistics.median(run.seconds for run in runs) / found.longest.horizon if runs else None
+        times = sorted(median_times(clock.runs(found.longest)).items())
         cells = []
         for steps in found.fewest.values():
-            cells.append("-" if steps is None else f"{steps}" if pace is None else f"{steps}, {steps * pace:.3g} s")
+            if steps is None or not times:
+                cells.append("-" if steps is None else f"{steps}")
+                continue
+            # start-up counts, and early steps may cost more than late ones
+            seconds = np.interp(steps, *zip(*times, strict=True))
+            cells.append(f"{steps}, {seconds:.3g} s")
         return cells
 
     about = (
-        "Steps of the shortest fitted run that ends there (seed 0), and about how many seconds: steps times its "
-        "milliseconds a step in the turns of the longest horizon."
+        "Steps of the shortest fitted run that ends there (seed 0), and about how many seconds: those after which the "
+        "runs of the longest horizon had done as many (interpolated)."
     )
     columns = [f"{target:g}" for target in targets]
     return [*_section("Further targets", about, columns, everyone, row), ""]

@@ -57,7 +57,8 @@ class KFAC(LayeredOptimizer):
         refresh_delay: steps from the start of an inverse to its use, whatever the workers do; None is an eighth of the
             interval (the first ones are used at once), 0 is at once.
         stagger: spread inverses over the interval.
-        start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen.
+        start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen. None is
+            the (first) interval: until then SGD moves alone, at the same learning rate.
         factor_decay: of the running factors, for one step; they are debiased.
         adaptive_damping: True, or a mapping of :class:`AdaptiveDamping`'s fields: every few steps the change of the
             loss on the step's batch is compared with what the quadratic model predicts, and damping is changed. Needs
