@@ -3,8 +3,8 @@
 python benchmarks/profile_step.py [--threads 1 2] [--tasks autoencoder-250 text-gpt] [--output FILE]
 
 Functions of the library are timed from outside while they run; a phase does not contain the phases it calls. Each
-method runs with its defaults over one interval, for Shampoo and SOAP the one to which the default grows, so that
-statistics and refreshes are counted at their share of a step.
+method runs with its defaults over one interval, the one to which the default grows, so that statistics and refreshes
+are counted at their share of a step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "Shampoo": lambda net: Shampoo(net, lr=1e-4, betas=BETAS, **GROWN),
     "SOAP": lambda net: SOAP(net, lr=1e-4, betas=BETAS, **GROWN),
-    "K-FAC": lambda net: KFAC(net, lr=1e-4),
+    "K-FAC": lambda net: KFAC(net, lr=1e-4, **GROWN),
 }
 MODEL, OTHER, REFRESH = "forward and backward pass", "the rest: Python, views, copies", "refreshes, waited for"
 Work = Callable[..., dict[str, float]]  # arguments of a call -> flops by dtype, or bytes as "memory"

@@ -14,8 +14,11 @@ from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.layered import LayeredOptimizer
 from lightning_soo.optim.options import parameter_group, parse_dtype
 from lightning_soo.optim.shampoo import Params
-from lightning_soo.refresh.schedule import Interval
+from lightning_soo.refresh.schedule import Interval, first_refresh
 from lightning_soo.refresh.workers import WorkerOptions
+
+# fewer short intervals than Shampoo's: inverses of wide layers take seconds
+INTERVAL: Mapping[str, float] = {"first": 5, "growth": 1.5, "max": 100}
 
 
 class KFAC(LayeredOptimizer):
@@ -52,13 +55,13 @@ class KFAC(LayeredOptimizer):
         approximation: layers used at several positions: ``"expand"`` counts each position as an example, ``"reduce"``
             averages inputs and adds gradients over positions first (cheap for convolutions).
         statistics_frequency: steps between two updates of the factors. In the steps between, hooks do nothing.
-        precondition_frequency: steps between two inverses of a layer; a number, or
-            ``{"first": 5, "growth": 1.5, "max": 100}``.
+        precondition_frequency: steps between two inverses of a layer: a number, or an interval that starts short and
+            grows; the default is 5, 8, 11, 17 and so on up to 100.
         refresh_delay: steps from the start of an inverse to its use, whatever the workers do; None is an eighth of the
             interval (the first ones are used at once), 0 is at once.
         stagger: spread inverses over the interval.
-        start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen. None is
-            the (first) interval: until then SGD moves alone, at the same learning rate.
+        start_preconditioning_step: step of the first inverses; the factors of up to eight steps before are seen. Until
+            then SGD moves alone, at the same learning rate. None is step 5, or the interval where that is shorter.
         factor_decay: of the running factors, for one step; they are debiased.
         adaptive_damping: True, or a mapping of :class:`AdaptiveDamping`'s fields: every few steps the change of the
             loss on the step's batch is compared with what the quadratic model predicts, and damping is changed. Needs
@@ -107,7 +110,7 @@ class KFAC(LayeredOptimizer):
         outputs: str | None = None,
         approximation: str = "expand",
         statistics_frequency: int = 10,
-        precondition_frequency: int | Interval | Mapping[str, Any] = 100,
+        precondition_frequency: int | Interval | Mapping[str, Any] = INTERVAL,
         refresh_delay: int | None = None,
         stagger: bool = True,
         gather_frequency: int | None = None,
@@ -131,6 +134,7 @@ class KFAC(LayeredOptimizer):
         overrides: Sequence[Mapping[str, Any]] | None = None,
         workers: str | WorkerOptions | Mapping[str, Any] = "auto",
     ) -> None:
+        interval = Interval.parse(precondition_frequency)
         options = KFACOptions.parse(
             damping=damping,
             damping_method=damping_method,
@@ -142,11 +146,11 @@ class KFAC(LayeredOptimizer):
             outputs=outputs,
             approximation=approximation,
             statistics_frequency=statistics_frequency,
-            precondition_frequency=precondition_frequency,
+            precondition_frequency=interval,
             refresh_delay=refresh_delay,
             stagger=stagger,
             gather_frequency=gather_frequency,
-            start_preconditioning_step=start_preconditioning_step,
+            start_preconditioning_step=first_refresh(interval, start_preconditioning_step),
             factor_decay=factor_decay,
             batch_reduction=batch_reduction,
             max_preconditioner_dim=max_preconditioner_dim,

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 INTRODUCTION = f"""784-1000-500-250-30-250-500-1000-784, tanh, cross-entropy summed over pixels; {STEPS} steps of batch
-{BATCH}, 5 % warm-up, linear decay to zero. Each optimizer with its defaults of then (running means at 0.9 and 0.99 where it has
-them); its learning rate from a grid of {GRID} values (1, 3, 10, ...), extended while the best value is at an edge, by
-the mean training loss of the last {WINDOW} steps at seed 0; then {SEEDS} seeds, mean and standard deviation. Losses are
-per picture, after the last step. `bfloat16`: weights, gradients and torch's moments in bfloat16, statistics in
-float32.
+{BATCH}, 5 % warm-up, linear decay to zero. Each optimizer with its defaults of then (running means at 0.9 and 0.99
+where it has them); its learning rate from a grid of {GRID} values (1, 3, 10, ...), extended while the best value
+is at an edge, by the mean training loss of the last {WINDOW} steps at seed 0; then {SEEDS} seeds, mean and standard
+deviation. Losses are per picture, after the last step. `bfloat16`: weights, gradients and torch's moments in
+bfloat16, statistics in float32.
 
 Shampoo and SOAP, of before their present defaults, refresh every 20 steps, in the step itself, and keep whole
 matrices; Shampoo's exponent is the papers'. State counts every tensor that the optimizer saves. Times:

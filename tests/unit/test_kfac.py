@@ -477,6 +477,21 @@ def test_without_a_model_the_error_says_what_to_do() -> None:
         optimizer.step()
 
 
+def test_the_first_inverses_are_those_of_step_five() -> None:
+    """Before them K-FAC is SGD, momentum included."""
+    torch.manual_seed(0)
+    net, other = nn.Linear(6, 4), nn.Linear(6, 4)
+    other.load_state_dict(net.state_dict())
+    optimizer, sgd = KFAC(net, lr=0.1, workers="inline"), torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    for step in range(1, 6):
+        inputs = torch.randn(16, 6)
+        for model, one in ((net, optimizer), (other, sgd)):
+            one.zero_grad()
+            nn.functional.cross_entropy(model(inputs), torch.arange(16) % 4).backward()
+            one.step()
+        assert torch.allclose(net.weight, other.weight, rtol=1e-6, atol=1e-6) == (step < 5)
+
+
 def test_copies_and_pickles_go_on_alike() -> None:
     torch.manual_seed(0)
     net = Net().double()
