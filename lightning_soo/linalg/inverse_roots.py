@@ -251,7 +251,8 @@ def _along_diagonal(matrices: list[Matrix], exponent: float, eps: float, relativ
     gradients would have none, and when they come the old root would make them outweigh all others.
     """
     sizes = [float(np.abs(matrix).max(initial=0.0)) for matrix in matrices]
-    small = [relative_eps and size <= eps * max(sizes) for size in sizes]
+    largest = int(np.argmax(sizes))
+    small = [relative_eps and i != largest and size <= eps * sizes[largest] for i, size in enumerate(sizes)]
     found = {
         index: inverse_root(matrix, exponent, eps=eps, relative_eps=relative_eps)
         for index, matrix in enumerate(matrices)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_soo.linalg import InverseRootError, inverse_root
+from lightning_soo.linalg.inverse_roots import inverse_roots
 
 
 def matrix(condition: float, order: int = 40, repeated: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,3 +57,25 @@ def test_fractional_exponent() -> None:
     a, vectors, values = matrix(1e3)
     expected = (vectors * values ** (-1 / 1.5)) @ vectors.T
     assert np.abs(inverse_root(a, 1.5, eps=0.0).root - expected).max() < 1e-9 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2, 3.0])
+def test_along_a_diagonal_a_small_matrix_has_the_ridge_of_the_whole(eps: float) -> None:
+    one, two, other = (matrix(condition)[0] for condition in (1e3, 1e2, 1e4))
+    parts = one, 1e-9 * two, np.zeros_like(one)
+    (*found, alone), _ = inverse_roots(
+        (*parts, other), divisor=1.0, exponent=4.0, eps=eps, relative_eps=True, counts=[3, 1]
+    )
+    ridge = eps * np.linalg.eigvalsh(one)[-1]
+    for part, root in zip(parts, found, strict=True):
+        values, vectors = np.linalg.eigh(part + ridge * np.eye(len(part)))
+        assert np.abs(root - (vectors * values**-0.25) @ vectors.T).max() < 1e-8 * np.abs(root).max()
+    assert np.array_equal(alone, inverse_root(other, 4.0, eps=eps).root)
+
+
+def test_no_gradient_gives_roots_of_zero() -> None:
+    roots, diagnostics = inverse_roots(
+        (np.zeros((3, 3)), np.zeros((2, 2))), divisor=0.1, exponent=4.0, eps=1e-6, relative_eps=True
+    )
+    assert not any(root.any() for root in roots) and [root.shape for root in roots] == [(3, 3), (2, 2)]
+    assert np.isfinite(list(diagnostics.values())).all()
