@@ -164,7 +164,7 @@ def test_runs_are_the_same_clocked_or_not_and_schedules_end_at_zero() -> None:
 
 def test_levers_compare_settings_at_equal_steps(tmp_path: Path) -> None:
     settings = [{}, {"grafting": "sgd"}]
-    arguments = (TINY, "shampoo", settings, [1e-1], 2, 1, Store("tiny", tmp_path), {})
+    arguments = (TINY, "shampoo", settings, [1e-1], 2, 1, Store("tiny", tmp_path), {}, 40)
     lines = levers.measure(*arguments)
     for given, line in zip(settings, lines[2:], strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
