@@ -42,12 +42,6 @@ class KFACOptions(ShampooOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for override in self.overrides:
-            if override.rules:
-                name = next(iter(override.rules))
-                raise ValueError(
-                    f"override {override.match!r}: {name!r} does not apply to layers; K-FAC knows 'method': 'none'"
-                )
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping}: must be above 0")
         if self.kl_clip is not None and not self.kl_clip > 0:
@@ -75,6 +69,7 @@ class KFACOptions(ShampooOptions):
 
     ridge: ClassVar[str] = "damping"
     limit: ClassVar[str | None] = None  # layers are not cut
+    in_place_of_blocks: ClassVar[str | None] = "layers"
 
     @property
     def fallback(self) -> str | None:

@@ -77,6 +77,7 @@ class ShampooOptions:
     workers: WorkerOptions = field(default_factory=WorkerOptions)
     ridge: ClassVar[str] = "preconditioner_eps"  # what to raise where a matrix cannot be inverted
     limit: ClassVar[str | None] = "max_factor_dim"  # what to lower where refreshes take too long
+    in_place_of_blocks: ClassVar[str | None] = None  # what a method has to which no option of blocks applies
 
     @classmethod
     def parse(
@@ -106,6 +107,12 @@ class ShampooOptions:
 
     def __post_init__(self) -> None:
         self.block_rules.check()
+        for entry in self.overrides:
+            if self.in_place_of_blocks is not None and entry.rules:
+                raise ValueError(
+                    f"overrides, match={entry.match!r}: {next(iter(entry.rules))!r} does not apply to "
+                    f"{self.in_place_of_blocks}; leave parameters out with 'method': 'none'"
+                )
         for name in ("statistics_frequency", "exchange_bucket_bytes"):
             require_whole_number(name, getattr(self, name), minimum=1)
         for name in ("gather_frequency", "start_preconditioning_step"):
@@ -189,6 +196,7 @@ class SONewOptions(ShampooOptions):
     fused: bool | None = None
     compiled: bool = False
     band_dtype: torch.dtype | None = None
+    in_place_of_blocks: ClassVar[str | None] = "chains"
 
     def __post_init__(self) -> None:
         super().__post_init__()
