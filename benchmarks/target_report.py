@@ -143,15 +143,17 @@ def _equal_horizons(task: TrainedTask, everyone: Sequence[Found], clock: Clock, 
     def row(found: Found) -> list[str]:
         runs = clock.runs(found.longest)
         times = median_times(runs)
-        cells = [f"{1000 * statistics.median(run.seconds for run in runs) / longest:.1f}" if runs else ""]
+        cells = ["not yet"]
+        if runs:
+            cells = [f"{1000 * statistics.median(run.seconds for run in runs) / longest:.1f} ({len(runs)})"]
         for target in targets:
             step = next((step for step, loss in found.curve if loss <= target), None)
             cells.append("-" if step is None else f"{step}, {times[step]:.3g} s" if step in times else f"{step}")
         return cells
 
     title = f"Equal horizons: everybody's best run of {longest} steps"
-    about = "Steps and seconds until the curve (a point every 2 % of the steps) is at or below."
-    columns = ["ms/step", *(f"{target:.5g}" for target in targets)]
+    about = "Steps and seconds until the curve (a point every 2 % of the steps) is at or below; medians over turns."
+    columns = ["ms/step (turns)", *(f"{target:.5g}" for target in targets)]
     lines = _section(title, about, columns, everyone, row)
     return [*lines, "", f"![loss over seconds](time_to_target_{task.key}.png)"]
 
@@ -165,14 +167,16 @@ def _section(
 
 
 def picture(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float], path: Path) -> None:
-    """Loss over seconds, equal horizons; over steps where nothing is clocked yet."""
+    """Loss over seconds at equal horizons, of those that are clocked; over steps where nobody is yet."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     timed: list[tuple[Found, list[Timed]]] = [(found, clock.runs(found.longest)) for found in everyone]
-    seconds = all(runs for _, runs in timed)
+    seconds = any(runs for _, runs in timed)
+    if seconds:
+        timed = [(found, runs) for found, runs in timed if runs]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for found, runs in timed:
         times = median_times(runs)

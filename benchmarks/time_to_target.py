@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", help="those whose name begins so, and AdamW foreach")
     parser.add_argument("--threads", type=int, default=2, help="of a run; runs of other numbers are other runs")
     parser.add_argument("--jobs", type=int, default=1, help="contenders searched at the same time")
-    parser.add_argument("--turns", type=int, default=5, help="of the fitted runs; those of equal horizons take three")
+    parser.add_argument("--turns", type=int, default=5, help="of the fitted runs")
+    parser.add_argument("--equal-turns", type=int, default=3, help="of the runs of equal horizons, for their curves")
     parser.add_argument("--longest", type=int, help="steps of the longest run; the task's own by default")
     parser.add_argument("--targets", type=float, nargs="*", help="further losses; the task's own by default")
     parser.add_argument("--runs", type=Path, default=FOLDER, help="folder of the stored runs")
@@ -93,7 +94,7 @@ def main() -> None:
         raise SystemExit("AdamW's search is not complete: run the search first")
     clock = Clock(task.key, everyone[0].point, arguments.threads, arguments.runs)
     if arguments.clock:
-        entries = {found.longest: min(arguments.turns, SEEDS) for found in everyone}
+        entries = {found.longest: arguments.equal_turns for found in everyone}
         entries |= {found.point: arguments.turns for found in everyone if found.point is not None}
         clock.take(entries, run, {"where": where})
         compare(entries, clock, store)
