@@ -227,21 +227,24 @@ def inverse_roots(
 
     Args:
         counts: how many arrays each dimension has; by default one. Several are the diagonal of one matrix.
+
+    Returns:
+        The roots, and the worst condition number and residual. Where no gradient has come, or none whose squares the
+        statistics could hold, all of them are zero.
     """
     scaled = iter([np.asarray(array, np.float64) / divisor for array in arrays])
-    roots: list[Matrix] = []
-    conditions, residuals = [0.0], [0.0]
-    for count in counts if counts is not None else [1] * len(arrays):
-        along_diagonal = [next(scaled) for _ in range(count)]
-        if not any(matrix.any() for matrix in along_diagonal):
-            # no gradient has come: with zero roots this part stands still until the refresh that follows its first
-            roots += [np.zeros_like(matrix) for matrix in along_diagonal]
-            continue
-        found = _along_diagonal(along_diagonal, exponent, eps, relative_eps)
-        roots += [one.root for one in found]
-        conditions += [one.condition_number for one in found]
-        residuals += [one.residual for one in found]
-    return tuple(roots), {"condition_number": max(conditions), "residual": max(residuals)}
+    sides = [[next(scaled) for _ in range(count)] for count in (counts if counts is not None else [1] * len(arrays))]
+    if not all(any(matrix.any() for matrix in side) for side in sides):
+        # a ridge would be zero too, and a root without one would let the first gradient outweigh all others
+        return tuple(np.zeros_like(matrix) for side in sides for matrix in side), {
+            "condition_number": 0.0,
+            "residual": 0.0,
+        }
+    found = [one for side in sides for one in _along_diagonal(side, exponent, eps, relative_eps)]
+    return tuple(one.root for one in found), {
+        "condition_number": max(one.condition_number for one in found),
+        "residual": max(one.residual for one in found),
+    }
 
 
 def _along_diagonal(matrices: list[Matrix], exponent: float, eps: float, relative_eps: bool) -> list[InverseRoot]:

@@ -12,9 +12,11 @@ from lightning_soo.optim import grafting
 from lightning_soo.optim.assembly import Source
 from lightning_soo.optim.members import Member
 from lightning_soo.optim.stateful import StatefulOptimizer
+from lightning_soo.placement.boxes import Box
 from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.preconditioners.stacks import Stack
 
+_LARGEST_RATIO = 1e30  # of a graft's size to a direction's; float32 must hold it
 _ZERO = torch.tensor(0.0, dtype=torch.float64)  # of ranks that have nothing to add
 
 
@@ -27,6 +29,7 @@ class DirectedOptimizer(StatefulOptimizer):
         gradient_norms = self._gradient_norms(members)
         grafts: dict[tuple[str, str], Tensor] = {}
         filtered_of: dict[int, Tensor] = {}
+        left_to_graft: list[tuple[Member, list[tuple[Box, Tensor]]]] = []
         for member in members:
             local = member.local_state(self.state[member.tensor])
             graft = self._scratch_like(member.gradient)
@@ -47,6 +50,9 @@ class DirectedOptimizer(StatefulOptimizer):
             if not member.is_ready:
                 member.gradient.copy_(graft)
                 continue
+            if any(block.is_blank for block in member.blocks):
+                graft, parts = _without_blank_blocks(member, graft)
+                left_to_graft.append((member, parts))
             if member.graft is None:
                 member.scale = correction
             else:
@@ -56,6 +62,8 @@ class DirectedOptimizer(StatefulOptimizer):
         self._precondition_whole_blocks(moving)
         self._precondition_travellers(part, filtered_of)
         self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
+        for member, parts in left_to_graft:
+            _put_back(member, parts)
 
     def _precondition_whole_blocks(self, moving: Sequence[tuple[Member, Tensor]]) -> None:
         """Blocks that lie in this rank's fragments: straight from the filter to the gradient's storage."""
@@ -189,12 +197,16 @@ class DirectedOptimizer(StatefulOptimizer):
         for member in members:
             if self.options.grafting_norm == "parameter":
                 member.scale = ratios[member.name, ""]
+                if member.scale == 0.0:
+                    member.gradient.zero_()
                 continue
             in_place = member.gradient.is_contiguous()
             target = member.gradient if in_place else member.gradient.contiguous()
             for block in member.blocks:
+                ratio = ratios[member.name, block.block.key]
                 for box in member.local_pieces(block):
-                    member.view(target, box).mul_(ratios[member.name, block.block.key])
+                    part = member.view(target, box)
+                    part.mul_(ratio) if ratio > 0.0 else part.zero_()  # Inf and NaN times zero are NaN
             if not in_place:
                 member.gradient.copy_(target)
 
@@ -209,7 +221,32 @@ class DirectedOptimizer(StatefulOptimizer):
 
 
 def _ratio(graft: float, direction: float) -> float:
-    """``||d|| / ||D||``; a direction without a finite size does not move."""
+    """``||d|| / ||D||``; a direction without a finite size, or of none in comparison, does not move."""
     if not direction > 0.0 or direction == float("inf"):
         return 0.0
-    return graft / direction
+    ratio = graft / direction
+    return ratio if ratio < _LARGEST_RATIO else 0.0
+
+
+def _without_blank_blocks(member: Member, graft: Tensor) -> tuple[Tensor, list[tuple[Box, Tensor]]]:
+    """The graft with zeros in blocks that it moves alone, so that the others do not get their share of its size.
+
+    Returns:
+        That, and the parts left out: their boxes, and copies.
+    """
+    rest = graft.contiguous()
+    boxes = [box for block in member.blocks if block.is_blank for box in member.local_pieces(block)]
+    parts = [(box, member.view(rest, box).clone()) for box in boxes]
+    for box in boxes:
+        member.view(rest, box).zero_()
+    return rest, parts
+
+
+def _put_back(member: Member, parts: Sequence[tuple[Box, Tensor]]) -> None:
+    """Give the parts that the graft moves their place in the direction, which is scaled now."""
+    target = member.gradient.contiguous().mul_(member.scale)
+    member.scale = 1.0
+    for box, part in parts:
+        member.view(target, box).copy_(part)
+    if target is not member.gradient:
+        member.gradient.copy_(target)

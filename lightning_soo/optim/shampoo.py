@@ -35,8 +35,8 @@ class Shampoo(SecondOrderOptimizer):
         weight_decay: decoupled as in AdamW, or (``decoupled_weight_decay=False``) added to the gradient first.
         momentum: after grafting, with ``dampening`` and ``nesterov`` as in ``torch.optim.SGD``.
         preconditioner_eps: ridge of the statistics, times their largest eigenvalue (``relative_eps``) or absolute. Of
-            several matrices along a side, one that is as small as the largest one's ridge has that ridge. A block that
-            has seen no gradient stands still until the refresh that follows its first one.
+            several matrices along a side, one that is as small as the largest one's ridge has that ridge. Until the
+            refresh that follows its first gradient, the graft moves a block alone.
         use_bias_correction: divide statistics by ``c2 = 1 - b2^t`` and the filter by ``1 - b1^t``. The Adam graft is
             always corrected, the RMSprop graft never.
         precondition_frequency: steps between two refreshes of a block's roots: a number, or an interval that starts

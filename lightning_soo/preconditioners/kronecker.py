@@ -166,6 +166,14 @@ class KroneckerBlock:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
+    def is_blank(self) -> bool:
+        """Whether its roots are zero, since no gradient had come when they were taken; known on every rank.
+
+        The refresh that follows its first gradient ends that; until then the graft moves it alone.
+        """
+        return self.has_exponent and self.ready and self.diagnostics.get("condition_number") == 0.0
+
+    @property
     def watches_signal(self) -> bool:
         """Whether :attr:`signal` counts."""
         return self.has_exponent and self.exponent is None

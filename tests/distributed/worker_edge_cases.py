@@ -116,6 +116,34 @@ def rank_deficient_statistics(rank: int) -> None:
     assert 0 < floor < 0.1 and error <= 3 * floor, (error, floor)
 
 
+def a_block_that_a_gradient_reaches_late(rank: int) -> None:
+    """Half of a parameter has gradients from the sixth step on alone; blocks end where no shard does."""
+
+    def run(module: nn.Module, engine: str | None, late: bool, **given: object) -> torch.Tensor:
+        optimizer = make_optimizer(module, {"max_preconditioner_dim": 8, "stagger": False, **given})
+        optimizer.attach(module, engine)
+        weight = module[0].weight  # type: ignore[index]
+        for step in range(12):
+            gradient = torch.randn(21, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            if late and step < 6:
+                gradient[11:] = 0.0
+            split = engine is None
+            weight.grad = distribute_tensor(gradient, weight.device_mesh, weight.placements) if split else gradient
+            optimizer.step()
+        return (weight.full_tensor() if engine is None else weight).detach()  # type: ignore[no-any-return]
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 21, bias=False)).double()
+
+    for given in ({}, {"grafting_norm": "block"}, {"grafting": None}):
+        settings = {"precondition_frequency": 5, "refresh_delay": 0, "start_preconditioning_step": 5, **given}
+        found = run(sharded(fresh()), None, True, **settings)
+        alone, never = (run(fresh(), "single", late, **settings) for late in (True, False))
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+        assert float((alone - never).abs().max()) > 1e-3
+
+
 def well_blocked_is_without_traffic(rank: int) -> None:
     """Rows divide evenly and blocks end where shards end: three small reductions per step, nothing else.
 
@@ -157,6 +185,7 @@ if __name__ == "__main__":
             a_plan_differs_on_one_rank,
             a_piece_is_missing,
             rank_deficient_statistics,
+            a_block_that_a_gradient_reaches_late,
             well_blocked_is_without_traffic,
             what_is_not_supported_is_named,
         ]

@@ -274,7 +274,7 @@ def test_row_38_a_part_that_no_gradient_reaches(method: str, size: float, limit:
 
 
 def test_row_38_a_part_that_a_gradient_reaches_late() -> None:
-    """Roots that saw none of it are those of the whole matrix; a block of its own waits for its next refresh."""
+    """Roots that saw none of it are those of the whole matrix; a block of its own moves as its graft (none: SGD)."""
     first, *later = (randoms(8, 24, seed=step) for step in range(4))
     first[:, :8] = 0.0
     options = PLAIN | {"precondition_frequency": 3, "grafting": None, "betas": (0.0, 0.9), "exponent_override": "2k"}
@@ -295,8 +295,31 @@ def test_row_38_a_part_that_a_gradient_reaches_late() -> None:
     blocks = directions(
         "shampoo", [first, *later], nn.Parameter(torch.zeros(8, 24)), **options, max_preconditioner_dim=8
     )
-    moved = [bool(found[:, :8].any()) for found in blocks]
-    assert moved == [False, False, True, True] and all(torch.isfinite(found).all() for found in blocks)
+    assert not blocks[0][:, :8].any() and all(torch.isfinite(found).all() for found in blocks)
+    torch.testing.assert_close(blocks[1][:, :8], later[0][:, :8])
+    assert not torch.allclose(blocks[2][:, :8], later[1][:, :8], rtol=0.1)
+
+
+@pytest.mark.parametrize("grafting_norm", ["parameter", "block"])
+def test_row_38_a_block_that_a_gradient_reaches_late_takes_nothing_from_the_others(grafting_norm: str) -> None:
+    """Until its refresh it moves as torch's AdamW, and the rest as if it were not there."""
+    gradients = [randoms(16, 8, seed=step) for step in range(19)]
+    for step, gradient in enumerate(gradients):
+        gradient[8 if step < 14 else 16 :] = 0.0  # refreshes are at steps 10 and 20
+    options: dict[str, Any] = {
+        "betas": (0.9, 0.99), "workers": "inline", "stagger": False, "max_preconditioner_dim": 8,
+        "precondition_frequency": 10, "refresh_delay": 0, "grafting_norm": grafting_norm,
+    }  # fmt: skip
+    found = directions("shampoo", gradients, nn.Parameter(torch.zeros(16, 8)), **options)
+    alone = directions("shampoo", [gradient[:8] for gradient in gradients], nn.Parameter(torch.zeros(8, 8)), **options)
+    other = nn.Parameter(torch.zeros(16, 8))
+    adamw = torch.optim.AdamW([other], lr=1.0, weight_decay=0.0, betas=(0.9, 0.99))
+    for step, gradient in enumerate(gradients):
+        other.data.zero_()
+        other.grad = gradient.float()
+        adamw.step()
+        torch.testing.assert_close(found[step][8:], -other.detach()[8:].double(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[step][:8], alone[step], rtol=1e-4, atol=1e-5)
 
 
 @every_method
