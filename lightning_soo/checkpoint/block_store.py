@@ -100,7 +100,10 @@ class BlockStore:
         }
         mine |= {
             "outcomes": {
-                (row["key"], row["started"]): row["outcome"] for row in local["in_flight"] if "outcome" in row
+                (row["key"], row["started"]): row["outcome"]
+                for row in local["in_flight"]
+                # what was delivered, or read from a checkpoint, is known everywhere, but its roots only to homes
+                if "outcome" in row and (row["outcome"]["roots"] is not None or not row["outcome"]["ok"])
             },
         }
         buffer = io.BytesIO()
@@ -129,8 +132,11 @@ class BlockStore:
             for name in _ARRAYS:
                 if not self._writes(key, name):
                     entry.pop(name, None)
-        for row in local["in_flight"]:
-            if self._refresher.places[row["key"]].refresher != self._refresher.rank:
+        for row, flight in zip(local["in_flight"], self._refresher.in_flight, strict=True):
+            place = self._refresher.places[flight.key]
+            # roots that were delivered, or read from a checkpoint, are at homes; before, the refresher alone has them
+            holder = place.refresher if flight.delivered is None else place.homes[0]
+            if holder != self._refresher.rank:
                 row.pop("outcome", None)
         return {"format": FORMAT, "complete": True, **local}
 

@@ -144,6 +144,26 @@ def a_block_that_a_gradient_reaches_late(rank: int) -> None:
         assert float((alone - never).abs().max()) > 1e-3
 
 
+def results_in_flight_outlive_the_workers(rank: int) -> None:
+    """After ``close()``, as Lightning calls it at the end, a consolidated state has the roots that were under way."""
+    model = sharded(nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(4))))
+    optimizer = make_optimizer(model, {"max_preconditioner_dim": 24, "stagger": False})
+    for step in range(6):
+        model(torch.randn(6, 24, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = []
+    for _ in range(2):
+        optimizer.consolidate(0)
+        if rank == 0:
+            rows = optimizer.blocks_state_dict()["in_flight"]
+            assert len(rows) == 8 and all(row["outcome"]["ok"] for row in rows)  # of steps 3 and 4
+            found.append({(row["key"], row["started"]): row["outcome"]["roots"] for row in rows})
+        optimizer.close()
+    if rank == 0:
+        torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=0.0)
+
+
 def well_blocked_is_without_traffic(rank: int) -> None:
     """Rows divide evenly and blocks end where shards end: three small reductions per step, nothing else.
 
@@ -186,6 +206,7 @@ if __name__ == "__main__":
             a_piece_is_missing,
             rank_deficient_statistics,
             a_block_that_a_gradient_reaches_late,
+            results_in_flight_outlive_the_workers,
             well_blocked_is_without_traffic,
             what_is_not_supported_is_named,
         ]

@@ -49,6 +49,10 @@ def read(kind: type[Engine], method: str, folder: Path, rank: int, ranks: int) -
     assert any(entry.startswith("max_preconditioner_dim=") for entry in saved["configuration"])
     report, extra = lightning_soo.load_checkpoint(folder, engine.model, engine.optimizer)
     assert report.is_complete and extra == {"step": SAVED}, report
+    # a run that is stopped again at once: what was read is written, and read
+    again = folder.with_name(f"{folder.name}-{kind.name}-{ranks}")
+    lightning_soo.save_checkpoint(again, engine.model, engine.optimizer)
+    lightning_soo.load_checkpoint(again, engine.model, engine.optimizer)
     engine.train(SAVED, LAST, rank, ranks)
     expected = torch.load(folder.with_suffix(".expected"), weights_only=True)
     single = "zero" in kind.name or "zero" in folder.name
