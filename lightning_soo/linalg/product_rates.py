@@ -19,12 +19,16 @@ def bfloat16_gain(device_type: str) -> float:
     """The rate of bfloat16 products over that of float32 ones, as torch is set up now; takes milliseconds, once.
 
     Args:
-        device_type: ``"cpu"``, ``"cuda"`` and so on; its current device is measured.
+        device_type: ``"cpu"``, ``"cuda"`` and so on; its current device is measured. Zero where it has no such
+            products, or no memory left for one: an error here would leave the other ranks waiting.
     """
     device = torch.device(device_type)
     # nothing that training draws from is used: the numbers do not matter to the time
-    matrix = torch.full((_ORDER, _ORDER), 0.5, device=device)
-    return _seconds(matrix) / _seconds(matrix.to(torch.bfloat16))
+    try:
+        matrix = torch.full((_ORDER, _ORDER), 0.5, device=device)
+        return _seconds(matrix) / _seconds(matrix.to(torch.bfloat16))
+    except RuntimeError:
+        return 0.0
 
 
 def _seconds(matrix: Tensor) -> float:

@@ -60,7 +60,11 @@ class Outcome:
                 error = "the worker returned NaN or Inf"
             else:
                 # row-major memory of torch's own, as on other ranks: the last bits of products depend on both
-                roots = [torch.tensor(np.ascontiguousarray(array), dtype=dtype) for array in result.arrays]
+                cast = [torch.tensor(np.ascontiguousarray(array), dtype=dtype) for array in result.arrays]
+                if all(torch.isfinite(root).all() for root in cast):
+                    roots = cast
+                else:
+                    error = f"roots are too large for {str(dtype).removeprefix('torch.')}: choose another compute_dtype"
         return cls(
             ok=roots is not None,
             roots=roots,

@@ -58,10 +58,16 @@ class PlannableOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: nothing to precondition, an override that matches nothing, ranks that cannot be divided so.
         """
-        self._fast_bfloat16 = fast_bfloat16
         layout = self._read_layout()
         found = simulate(engine, layout.specs, ranks=ranks, groups=layout.groups, **how)
-        return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
+        # what the ranks of a plan in use have agreed on is not asked again, and stays
+        agreed, in_use = self._fast_bfloat16, self._plan is not None
+        self._fast_bfloat16 = agreed if in_use and fast_bfloat16 is None else fast_bfloat16
+        try:
+            return self._build_plan(replace(layout, specs=found.specs, groups=found.groups), found.table)
+        finally:
+            if in_use:
+                self._fast_bfloat16 = agreed
 
     @property
     def watches_signal(self) -> bool:
@@ -83,12 +89,17 @@ class PlannableOptimizer(torch.optim.Optimizer):
         """Take names and module classes from ``model`` when the plan is built. Local, unlike :meth:`attach`."""
         self._model = weakref.ref(model)
 
-    def _build_plan(self, layout: Layout | None = None, table: FragmentTable | None = None) -> Plan:
-        """The plan of all ranks; without a table that of one rank alone."""
+    def _build_plan(
+        self, layout: Layout | None = None, table: FragmentTable | None = None, *, keeps_places: bool = False
+    ) -> Plan:
+        """The plan of all ranks; without a table that of one rank alone.
+
+        Args:
+            keeps_places: blocks of the plan in use stay on their ranks.
+        """
         options = self.options
         layout = layout or self._layout or self._read_layout()
-        keep = self._plan is not None and table is not None
-        previous = {unit.key: unit.place for unit in self._plan.units} if keep and self._plan else None
+        previous = {unit.key: unit.place for unit in self._plan.units} if keeps_places and self._plan else None
         for override in options.overrides:
             if override.method not in (self.method, "none", None):
                 raise ValueError(

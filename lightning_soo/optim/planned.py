@@ -106,7 +106,7 @@ class PlannedOptimizer(PlannableOptimizer):
         self._has_fast_bfloat16()
         plan, error = None, None
         try:
-            plan = self._build_plan(layout, table)
+            plan = self._build_plan(layout, table, keeps_places=True)
         except Exception as raised:  # reported on every rank before anyone waits for a collective
             error = raised
         agree(self._transport, {"the plan": plan.digest() if plan else ""}, error)

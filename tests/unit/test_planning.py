@@ -66,6 +66,19 @@ def test_balance_of_larger_blocks(name: str, size: int) -> None:
         assert plan.balance <= max(1.05, 1.05 * plan.least_balance)
 
 
+def test_a_plan_for_elsewhere_does_not_depend_on_the_one_in_use() -> None:
+    optimizer = Shampoo(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))), workers="inline")
+    found = []
+    for _ in range(2):
+        plan = optimizer.plan_elsewhere("ddp", 4, fast_bfloat16=True)
+        found.append([unit.refresher for unit in plan.units])
+        optimizer.attach()
+        dtypes = optimizer.compute_dtypes()
+    assert found[0] == found[1] and set(found[0]) == {0, 1, 2, 3}
+    optimizer.plan_elsewhere("ddp", 4, fast_bfloat16=True)
+    assert optimizer.compute_dtypes() == dtypes
+
+
 def test_memory_and_work_by_hand() -> None:
     """6 x 4 with a bias, and 4 x 2: orders 4 and 6, 2 and 4; moments of Adam; nothing travels on one rank."""
     found = estimate(Shampoo(two_layers()), Shampoo(two_layers()).plan_elsewhere("single", 1))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_soo import Shampoo
+from lightning_soo.linalg import product_rates
 from lightning_soo.linalg.product_rates import bfloat16_gain
 from lightning_soo.optim import plannable
 
@@ -52,3 +53,31 @@ def test_rates_are_measured_once_and_draw_no_random_numbers() -> None:
     assert 0.0 < bfloat16_gain("cpu") == bfloat16_gain("cpu") < 1e3
     assert bfloat16_gain.cache_info().misses == 1
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_without_such_products_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks would wait for this one's answer."""
+
+    def failing(matrix: torch.Tensor) -> float:
+        raise RuntimeError("not implemented for 'BFloat16'")
+
+    bfloat16_gain.cache_clear()
+    monkeypatch.setattr(product_rates, "_seconds", failing)
+    assert bfloat16_gain("cpu") == 0.0
+    bfloat16_gain.cache_clear()
+
+
+def test_roots_that_a_dtype_cannot_hold_fail_and_nothing_breaks(caplog: pytest.LogCaptureFixture) -> None:
+    """Gradients of 1e-5 give roots above 65,504: the graft goes on alone."""
+    parameters = [nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    settings = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    shampoo = Shampoo([("weight", parameters[0])], **settings, workers="inline", compute_dtype="float16")
+    optimizers = [shampoo, torch.optim.AdamW([parameters[1]], **settings)]
+    left = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    for step in range(7):
+        right = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = 1e-5 * left @ right
+            optimizer.step()
+    torch.testing.assert_close(parameters[0], parameters[1])
+    assert "too large for float16: choose another compute_dtype" in caplog.text
