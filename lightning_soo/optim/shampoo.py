@@ -57,9 +57,9 @@ class Shampoo(SecondOrderOptimizer):
         max_factor_dim: largest matrix of a block's preconditioners. A longer side has several, along the diagonal of
             ``A_i``, and each sees all of the block's other side; so they cost less than those of smaller blocks, and
             are less noisy. None: as large as the side.
-        merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``); ``"all"`` (dimensions of size one
-            dropped, merged from the right while the product is at most ``max_preconditioner_dim``). Dimensions of size
-            one never have a preconditioner.
+        merge_dims: ``"none"``; ``"kernel"`` (a convolution becomes ``O x I*kh*kw``; a stack of matrices, as experts
+            have, stays as it is); ``"all"`` (dimensions of size one dropped, merged from the right while the product is
+            at most ``max_preconditioner_dim``). Dimensions of size one never have a preconditioner.
         precondition_1d: whether vectors (biases, norms) are preconditioned.
         one_sided_above: a longer dimension has no preconditioner, so that a vocabulary is one-sided: ``G R^(-1/2)``.
             None is 16384, or ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of

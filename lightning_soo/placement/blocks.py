@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lightning_soo.checks import require_choice, require_whole_number
 
 MERGE_DIMS = ("none", "kernel", "all")
+_LARGEST_KERNEL = 64  # of a convolution in one dimension; what is larger is a matrix
 
 # above the widths of models, below most vocabularies
 _WIDEST = 16384
@@ -114,12 +115,13 @@ class Block:
 def merge_shape(shape: tuple[int, ...], merge_dims: str, max_preconditioner_dim: int) -> tuple[int, ...]:
     """Shape after merging neighbouring dimensions (a reshape; elements keep their row-major order).
 
-    ``"none"``: as it is. ``"kernel"``: everything but the first dimension becomes one (``O x I*kh*kw``).
+    ``"none"``: as it is. ``"kernel"``: of a convolution everything but the first dimension becomes one
+    (``O x I*kh*kw``); a stack of matrices, as experts have, stays as it is.
     ``"all"``: dimensions of size one dropped, then merged from the right while the product is at most
     ``max_preconditioner_dim``.
     """
     require_choice("merge_dims", merge_dims, MERGE_DIMS)
-    if merge_dims == "kernel" and len(shape) > 2:
+    if merge_dims == "kernel" and len(shape) > 2 and max(shape[2:]) <= _LARGEST_KERNEL:
         return shape[0], math.prod(shape[1:])
     if merge_dims != "all":
         return shape

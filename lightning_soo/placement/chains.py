@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,9 +66,13 @@ class Halos:
             if length is None or not (found := cut_chains(ranges, length)):
                 continue
             cut += [(parameter, chain) for chain in found]
+            holders = sorted((low, high, source) for source, (low, high) in enumerate(ranges) if low < high)
+            ends = [high for _, high, _ in holders]
             for destination, (start, stop) in enumerate(ranges):
                 begin, end = extended(start, stop, length, reach)
-                for source, (low, high) in enumerate(ranges):
+                for low, high, source in holders[bisect_right(ends, begin) :]:
+                    if low >= end:
+                        break
                     for first, last in ((max(begin, low), min(start, high)), (max(stop, low), min(end, high))):
                         if first < last and source != destination:
                             strips[source][destination].append(Strip(parameter=parameter, start=first, stop=last))

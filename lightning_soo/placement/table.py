@@ -72,9 +72,9 @@ def _summary(plan: Plan) -> list[str]:
         travelling = sum(unit.place.travels for unit in plan.units)
         if travelling:
             lines.append(
-                f"{travelling} blocks are cut by sharding: a rank sends at most {format_bytes(plan.exchange_bytes)} of "
-                f"gradients per step and as much comes back, through at most {format_bytes(plan.buffer_bytes)} of "
-                "buffers"
+                f"{travelling} blocks are cut by sharding: per step a rank sends or gets at most "
+                f"{format_bytes(plan.exchange_bytes)} of gradients, and as much of directions, through at most "
+                f"{format_bytes(plan.buffer_bytes)} of buffers"
             )
         else:
             lines.append("no gradient traffic")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_soo.config import Config, from_config, load_config
+from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, from_config, load_config
 from lightning_soo.linalg.product_rates import MUCH_FASTER, bfloat16_gain
 from lightning_soo.optim.options import parse_dtype
 from lightning_soo.optim.planned import PlannedOptimizer
@@ -28,7 +30,7 @@ from lightning_soo.planning.report import Report
 def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     """The options of ``plan``; ``source`` says what a configuration is."""
     default = Machine()
-    parser.add_argument("source", nargs="?", help=source + "; the method's defaults if there is none")
+    parser.add_argument("source", nargs="?", help=source + ", without it the defaults of --method")
     parser.add_argument(
         "--model",
         required=True,
@@ -119,11 +121,18 @@ def _model(given: argparse.Namespace) -> nn.Module:
         raise ValueError(
             f"--model-options {given.model_options}: expected an object, such as '{{\"vocab_size\": 1000}}'"
         )
-    return build_model(given.model, options, parse_dtype(given.dtype))
+    return build_model(given.model, options, _dtype(given))
+
+
+def _dtype(given: argparse.Namespace) -> torch.dtype | None:
+    try:
+        return parse_dtype(given.dtype)
+    except ValueError as error:
+        raise ValueError(str(error).replace("compute_dtype=", "--dtype ").replace(", or 'auto'", "")) from None
 
 
 def _config(given: argparse.Namespace) -> Config:
-    if given.source is None:
+    if given.source is None and (given.method is not None or not os.environ.get(ENVIRONMENT_VARIABLE)):
         return load_config({"method": given.method or "shampoo"})
     config = load_config(given.source)
     if given.method is not None and given.method != config.method:
@@ -136,6 +145,11 @@ def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer, plan: Plan)
         raise ValueError(f"--bandwidth: one or two numbers, not {len(given.bandwidth)}")
     if given.step_seconds is not None and not given.step_seconds > 0:
         raise ValueError(f"--step-seconds {given.step_seconds}: must be above 0")
+    if given.sub_group_size < 1:
+        raise ValueError(f"--sub-group-size {given.sub_group_size}: must be at least 1")
+    for number in given.bandwidth:
+        if not 0 < number < math.inf:
+            raise ValueError(f"--bandwidth {number:g}: must be above 0")
     machine = Machine(
         flops=given.flops,
         statistics_flops=given.statistics_flops,
@@ -150,6 +164,6 @@ def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer, plan: Plan)
     if given.measure:
         # of the block with the most work
         largest = max(plan.units, key=lambda unit: product_flops(unit.block), default=None)
-        dtype = parse_dtype(given.dtype) or torch.float32
+        dtype = _dtype(given) or torch.float32
         return measured(machine, optimizer.root_dtype(dtype, largest.block) if largest else dtype)
     return machine

@@ -14,6 +14,7 @@ from lightning_soo.optim import grafting
 from lightning_soo.optim.options import SONewOptions
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.stacking import LARGEST_STACK
+from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.costs import (
     apply_flops,
     apply_passes,
@@ -46,7 +47,8 @@ class Estimate:
         memory: name -> bytes: parameters as the engine keeps them, what the optimizer holds, buffers.
         statistics_flops: of one update.
         apply_flops: of one step.
-        refresh_flops, core_seconds: of all refreshes in one interval; seconds of the reference core.
+        refresh_flops, core_seconds: of all refreshes in one interval: of products that would take as long, and seconds
+            of the reference core. By ``basis="qr"`` those of the device, and none.
         elementwise_bytes: read and written in one step.
         operations: tensor operations in one step.
         flows: what is sent.
@@ -119,7 +121,7 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
             of_statistics = 0.0 if plan.adds_up else statistics_flops(unit.block)  # K-FAC's are of activations
             known[kind] = (
                 *(of_statistics, apply_flops(unit.block, passes)),
-                *(refresh_flops(unit.block), refresh_milliseconds(unit.block) / 1000),
+                *_refresh(unit.block, on_device=options.basis == "qr"),
             )
         found = known[kind]
         statistics[unit.place.keeper] += found[0]
@@ -140,8 +142,9 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
         applied_apart[list(homes)] += count
     elements = _elements(plan)
     memory = _memory(optimizer, plan, elements)
+    trained = elements * np.array([parameter.spec.requires_grad for parameter in plan.parameters])
     widths = np.array([parameter.spec.dtype.itemsize for parameter in plan.parameters], dtype=np.float64)
-    moved = PASSES * (elements @ widths)
+    moved = PASSES * (trained @ widths)
     if isinstance(options, SONewOptions):
         moved += _BAND_PASSES * memory["statistics"]
     else:  # statistics are read and written, roots read
@@ -154,12 +157,24 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
         refresh_flops=flops,
         core_seconds=core,
         elementwise_bytes=moved,
-        operations=_PARAMETER_OPERATIONS * (elements > 0).sum(axis=1)
+        operations=_PARAMETER_OPERATIONS * (trained > 0).sum(axis=1)
         + _BLOCK_OPERATIONS * (applied_apart + kept / options.statistics_frequency),
         flows=tuple(flows(optimizer, plan, without_gradient)),
         interval=options.precondition_frequency.max,
         statistics_frequency=options.statistics_frequency,
     )
+
+
+def _refresh(block: Block, *, on_device: bool) -> tuple[float, float]:
+    """Flops, and seconds of the reference core: none where roots are computed on the device."""
+    if on_device:
+        return qr_flops(block), 0.0
+    return refresh_flops(block), refresh_milliseconds(block) / 1000
+
+
+def qr_flops(block: Block) -> float:
+    """Of a refresh by ``basis="qr"``: a product, and a decomposition at about a third of its rate."""
+    return sum(10.0 * order**3 for order in block.orders)
 
 
 def _elements(plan: Plan) -> ByRank:
@@ -211,18 +226,3 @@ def _moment_bytes(optimizer: PlannedOptimizer, parameter: PlannedParameter) -> i
 def refresh_seconds(found: Estimate, machine: Machine) -> ByRank:
     """Seconds that one core of ``machine`` takes for the refreshes of an interval, on each rank."""
     return found.core_seconds * (Machine.core_rate / machine.core_rate)
-
-
-def is_sequential(optimizer: PlannedOptimizer) -> bool:
-    """Whether steps wait for their refreshes: no worker, or no delay."""
-    options = optimizer.options
-    return options.workers.kind == "inline" or options.refresh_delay == 0 or options.basis == "qr"
-
-
-def worker_cores(optimizer: PlannedOptimizer, machine: Machine) -> float:
-    """Cores that compute a rank's roots: those of its workers, as far as the machine has them."""
-    workers = optimizer.options.workers
-    if workers.kind == "inline":
-        return 1.0
-    wanted = math.inf if workers.count is None else workers.count * workers.threads_per_worker
-    return min(machine.cores, wanted)

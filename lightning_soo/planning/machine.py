@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -49,8 +50,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not (value >= 0 if name in ("latency", "operation") else value > 0):
-                raise ValueError(f"{name}={value}: must be above 0")
+            least = 0.0 if name in ("latency", "operation") else math.ulp(0.0)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be {'at least' if least == 0.0 else 'above'} 0, and finite")
 
     def bandwidth(self, axis: str) -> float:
         """Bytes a second over ``"shard"``, ``"replicate"``, or the slower of both over ``"all"``."""

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lightning_soo.optim.planned import PlannedOptimizer
-from lightning_soo.placement.assignment import TOLERANCE, smallest_largest_load
-from lightning_soo.placement.blocks import BlockRules, partition
-from lightning_soo.placement.costs import refresh_milliseconds
-from lightning_soo.placement.overrides import ParameterSpec, resolve
 from lightning_soo.placement.table import format_bytes, plan_table
-from lightning_soo.planning.estimates import ByRank, Estimate, is_sequential, refresh_seconds, worker_cores
+from lightning_soo.planning.advice import Refreshes, traffic, uneven_statistics
+from lightning_soo.planning.estimates import ByRank, Estimate, refresh_seconds
 from lightning_soo.planning.machine import Machine
 from lightning_soo.planning.traffic import INTERVAL, STATISTICS, STEP
-
-_SMALLEST_DIM = 64
-# a rank's statistics above this multiple of the mean, because of one parameter, are worth a word
-_UNEVEN = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,94 +38,34 @@ class Report:
         parts = self.found.seconds(self.machine)
         slowest = int(np.argmax(sum(parts.values(), np.zeros(self.found.plan.ranks))))
         times = {name: float(values[slowest]) for name, values in parts.items()}
-        return {**times, "waiting for refreshes": self._wait(sum(times.values()))}
+        return {**times, "waiting for refreshes": self._wait()}
 
-    def _core_seconds(self) -> float:
-        """Of an interval's refreshes on the slowest rank."""
-        return float(refresh_seconds(self.found, self.machine).max())
+    @cached_property
+    def refreshes(self) -> Refreshes:
+        return Refreshes(optimizer=self.optimizer, plan=self.found.plan, machine=self.machine)
 
-    def _wait(self, optimizer_seconds: float) -> float:
+    def _wait(self) -> float:
         """Seconds of a step that wait for roots."""
-        needed = self._core_seconds() / worker_cores(self.optimizer, self.machine) / self.found.interval
-        if is_sequential(self.optimizer) or self.step_seconds is None:
-            return needed if is_sequential(self.optimizer) else 0.0
-        return max(0.0, needed - self.step_seconds - optimizer_seconds)
+        if not self.found.plan.units or (self.step_seconds is None and not self.refreshes.holds_training):
+            return 0.0
+        return self.refreshes.settled_wait(self.step_seconds or 0.0)
 
     def early_wait(self) -> float:
         """Seconds in all that training waits for the first roots, and while intervals are still short."""
-        if self.step_seconds is None or is_sequential(self.optimizer) or not self.found.plan.units:
+        if self.step_seconds is None or not self.found.plan.units or self.refreshes.holds_training:
             return 0.0
-        needed = self._core_seconds() / worker_cores(self.optimizer, self.machine)
-        short = self.optimizer.options.precondition_frequency.short_lengths()
-        return needed + sum(max(0.0, needed - length * self.step_seconds) for length in short)
+        return self.refreshes.early_wait(self.step_seconds)
 
     def warnings(self) -> list[str]:
         """What cannot work, with the option to change and a value that is enough."""
-        return [*self._late(), *self._uneven()]
-
-    def _late(self) -> list[str]:
-        if self.step_seconds is None or is_sequential(self.optimizer) or not self.found.plan.units:
+        if self.step_seconds is None or not self.found.plan.units:
             return []
-        # the optimizer's own time would be room as well: what is said to be enough is enough without it
-        step, interval = self.step_seconds, self.found.interval
-        needed, cores = self._core_seconds(), worker_cores(self.optimizer, self.machine)
-        if needed <= interval * step * cores:
-            return []
-        ways = [
-            f"precondition_frequency={math.ceil(needed / (step * cores))}",
-            f"workers={{'kind': 'process', 'count': {math.ceil(needed / (interval * step))}}} on as many cores of each "
-            "rank (--cores)",
-        ]
-        smaller = self._smaller_dim(interval * step * cores)
-        if smaller is not None:
-            ways.append(f"max_factor_dim={smaller}")
+        found, step = self.found, self.step_seconds
+        seconds = found.seconds(self.machine)
         return [
-            f"refreshes cannot keep up: the slowest rank needs {needed:.3g} core-seconds in an interval of {interval} "
-            f"steps, which has {interval * step * cores:.3g} ({interval} x {step:.3g} s x {cores:g} cores). Enough "
-            f"would be {', or '.join(ways)}"
-        ]
-
-    def _smaller_dim(self, core_seconds: float) -> int | None:
-        """The largest halved ``max_factor_dim`` with which no rank's refreshes take more."""
-        options, plan = self.optimizer.options, self.found.plan
-        if plan.adds_up:
-            return None  # layers are not cut by size
-        specs = [parameter.spec for parameter in plan.parameters]
-        slower = Machine.core_rate / self.machine.core_rate
-        size = min(options.max_factor_dim or options.max_preconditioner_dim, options.max_preconditioner_dim) // 2
-        while size >= _SMALLEST_DIM:
-            rules = replace(options.block_rules, max_factor_dim=size)
-            milliseconds = smallest_largest_load(self._refresh_milliseconds(specs, rules), plan.ranks)
-            if TOLERANCE * slower * milliseconds / 1000 <= core_seconds:
-                return size
-            size //= 2
-        return None
-
-    def _refresh_milliseconds(self, specs: Sequence[ParameterSpec], rules: BlockRules) -> list[float]:
-        """Of every block."""
-        known: dict[tuple[object, ...], list[float]] = {}
-        found: list[float] = []
-        for spec, (method, own) in zip(specs, resolve(specs, rules, self.optimizer.options.overrides), strict=True):
-            if method == "none" or not spec.requires_grad:
-                continue
-            if (spec.shape, own) not in known:
-                known[spec.shape, own] = list(map(refresh_milliseconds, partition(spec.name, spec.shape, own)[0]))
-            found += known[spec.shape, own]
-        return found
-
-    def _uneven(self) -> list[str]:
-        plan, statistics = self.found.plan, self.found.statistics_flops
-        if plan.ranks == 1 or not statistics.any() or statistics.max() <= _UNEVEN * statistics.mean():
-            return []
-        rank = int(np.argmax(statistics))
-        unit = max(
-            (unit for unit in plan.units if unit.place.keeper == rank), key=lambda unit: math.prod(unit.block.shape)
-        )
-        name = unit.block.parameter
-        return [
-            f"statistics are uneven: rank {rank} has {statistics.max() / statistics.mean():.1f} times the mean, "
-            f"because a block of {name} is {'x'.join(map(str, unit.block.shape))} and is not divided. "
-            f"overrides=[{{'match': {name!r}, 'method': 'none'}}] leaves it to the graft"
+            *self.refreshes.late(step),
+            *uneven_statistics(found.plan, found.statistics_flops, seconds["statistics"], step),
+            *traffic(found.plan, float(seconds["collectives"].max()), step, self.optimizer.without_traffic(found.plan)),
         ]
 
     def data(self) -> dict[str, Any]:
@@ -222,9 +156,12 @@ class Report:
         core = refresh_seconds(found, self.machine)
         flops = "from activations, not counted" if plan.adds_up else _flops(found.statistics_flops.max())
         return [
-            f"refreshes, every {found.interval} steps: {_flops(found.refresh_flops.max())} (float64) and "
-            f"{core.max():.3g} core-seconds on the slowest rank, {core.max() / found.interval:.3g} for a step; mean "
-            f"{core.mean():.3g}",
+            f"refreshes, every {found.interval} steps, on the slowest rank: {core.max():.3g} core-seconds, "
+            f"{core.max() / found.interval:.3g} for a step, mean {core.mean():.3g}; float64 products would "
+            f"be {_flops(found.refresh_flops.max())} in that time"
+            if core.any()
+            else f"refreshes, every {found.interval} steps, on the slowest rank: "
+            f"{_flops(found.refresh_flops.max())} on its device, while training waits",
             f"balance of refreshes: {plan.balance:.3f} times the mean; no plan has less than {plan.least_balance:.3f}",
             f"products of a step: statistics {flops} every {found.statistics_frequency} steps, directions "
             f"{_flops(found.apply_flops.max())}",
@@ -257,9 +194,10 @@ class Report:
                 interval = self.optimizer.options.precondition_frequency
                 growing = f", and refreshes while the interval grows ({interval})," if interval.grows else ""
                 lines.append(f"the first roots{growing} hold training up for {self.early_wait():.3g} s in all")
-        elif self.found.plan.units and not is_sequential(self.optimizer):
-            least = self._core_seconds() / worker_cores(self.optimizer, self.machine) / self.found.interval
-            lines.append(f"refreshes keep up with steps of {least:.3g} s or more (--step-seconds)")
+        elif self.found.plan.units and not self.refreshes.holds_training:
+            lines.append(
+                f"refreshes keep up with steps of {self.refreshes.shortest_step():.3g} s or more (--step-seconds)"
+            )
         return lines
 
 

@@ -158,6 +158,17 @@ class RefreshSchedule:
         length = self.interval.max
         return (step - offset) % length == 0 and (offset == 0 or 2 * (step - self.start) >= length)
 
+    def refresh_steps(self, key: str, last: int) -> list[int]:
+        """All steps up to ``last`` at which :meth:`refreshes` is true."""
+        offset, longest = self.offsets.get(key, 0), self.interval.max
+        if self.interval.grows:
+            starts = self._starts or self._starts_until_max()
+            begins = [*starts[1:], *range(starts[-1] + longest, last + 1, longest)]
+            turns = [begin + offset * self._around(begin)[1] // longest for begin in begins]
+        else:
+            turns = list(range(offset, last + 1, longest))
+        return [step for step in sorted({self.start, *turns}) if step <= last and self.refreshes(key, step)]
+
     def is_settled(self, step: int) -> bool:
         """Whether the interval has stopped growing."""
         return not self.interval.grows or step >= (self._starts or self._starts_until_max())[-1]

@@ -16,9 +16,9 @@ from lightning_soo.refresh.processes import ProcessExecutor
 logger = logging.getLogger(__name__)
 KINDS = ("auto", "inline", "deferred", "thread", "process")
 # a refresh of all blocks below this is not worth handing over
-_INLINE_MILLISECONDS = 2.0
+INLINE_MILLISECONDS = 2.0
 # processes beyond these gain little and cost memory
-_MOST_PROCESSES = 8
+MOST_PROCESSES = 8
 _DEADLINE = 120.0  # seconds
 
 
@@ -122,7 +122,7 @@ def make_executor(
     reason = "chosen"
     if kind == "auto":
         cost = f"{cores} core{'s' * (cores > 1)} to a rank, a refresh takes about {refresh_milliseconds:.1f} ms"
-        if refresh_milliseconds < _INLINE_MILLISECONDS:
+        if refresh_milliseconds < INLINE_MILLISECONDS:
             kind, reason = "inline", f"all blocks together take about {refresh_milliseconds:.1f} ms"
         elif waits:
             kind, reason = "deferred" if (options.count or cores) > 1 else "inline", f"refresh_delay=0; {cost}"
@@ -136,7 +136,7 @@ def make_executor(
         count = options.count or cores
         words = f"all that are due at once, on {count} thread{'s' * (count > 1)} while training waits ({reason})"
         return ThreadExecutor(count, deadline, deferred=True), words
-    count = options.count or (1 if kind == "thread" else max(1, min(spare, _MOST_PROCESSES)))
+    count = options.count or (1 if kind == "thread" else max(1, min(spare, MOST_PROCESSES)))
     plural = "s" if kind == "thread" else "es"
     words = f"{count} background {kind}{plural * (count > 1)} ({reason})"
     if kind == "thread":

@@ -52,7 +52,14 @@ def test_blocks_do_not_depend_on_ranks(ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "merge", "expected"),
-    [((8, 3, 5, 5), "kernel", (8, 75)), ((3, 2, 4), "all", (3, 8)), ((1, 6), "all", (6,)), ((7, 5), "all", (7, 5))],
+    [
+        ((8, 3, 5, 5), "kernel", (8, 75)),
+        ((64, 1, 400), "kernel", (64, 1, 400)),  # of raw audio: a dimension of size one has no matrix
+        ((8, 96, 128), "kernel", (8, 96, 128)),  # experts
+        ((3, 2, 4), "all", (3, 8)),
+        ((1, 6), "all", (6,)),
+        ((7, 5), "all", (7, 5)),
+    ],
 )
 def test_merge(shape: tuple[int, ...], merge: str, expected: tuple[int, ...]) -> None:
     assert merge_shape(shape, merge, 8) == expected

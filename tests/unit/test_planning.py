@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from lightning_soo.planning.machine import Machine, measured
 from lightning_soo.planning.models import build_model, layer_classes
 from lightning_soo.planning.report import Report
 from lightning_soo.planning.traffic import flows
+from lightning_soo.planning.waiting import Crew, Load, waits
+from lightning_soo.refresh.schedule import Interval, RefreshSchedule
 
 PLANS = Path(__file__).parent.parent.parent / "recipes" / "plans"
 HERE = f"{__name__}:two_layers"
@@ -144,53 +147,143 @@ def test_layers_and_chains_are_planned_too() -> None:
     assert factors.when == "statistics" and factors.bytes.max() > 0
 
 
-def test_every_way_out_of_late_refreshes_is_enough() -> None:
-    common = ("--world-size", "2", "--cores", "1", "--model-options", '{"width": 512}', "--step-seconds")
-    late = report("method=shampoo,precondition_frequency=5", *common, "2e-3")
-    (text,) = [warning for warning in late.warnings() if "cannot keep up" in warning]
-    data = late.data()["refresh"]["core_seconds_per_interval"]["largest"]
-    frequency = math.ceil(data / 2e-3)
-    assert f"precondition_frequency={frequency}" in text
-    workers = math.ceil(data / (5 * 2e-3))
-    assert f"'count': {workers}" in text
-    size = int(text.split("max_factor_dim=")[1])
-    enough = [
-        (f"precondition_frequency={frequency}", "1"),
-        (f"precondition_frequency=5,workers={{kind: process, count: {workers}}}", str(workers)),
-        (f"precondition_frequency=5,max_factor_dim={size}", "1"),
-    ]
-    for line, cores in enough:
-        changed = report(f"method=shampoo,{line}", *common, "2e-3", "--cores", cores)
-        assert not any("cannot keep up" in warning for warning in changed.warnings()), line
-    assert not report("method=shampoo,precondition_frequency=5", *common, "10").warnings()
+def square_layers(count: int = 16, width: int = 1024) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
 
 
-@pytest.mark.parametrize(("layers", "ranks", "seconds"), [(5, 4, 0.35e-3), (3, 2, 0.5e-3)])
-def test_smaller_factors_are_enough_where_blocks_cannot_be_divided_evenly(
-    layers: int, ranks: int, seconds: float
+@pytest.mark.parametrize(
+    ("options", "cores", "step_seconds", "ways"),
+    [
+        # eight blocks a rank, of 61 ms each: more than 5 steps have
+        ("precondition_frequency=5", 1, 0.08, ["precondition_frequency", "workers", "max_factor_dim"]),
+        # time enough in all, but all are due 6 steps after they were started together
+        (
+            "precondition_frequency=50,stagger=false",
+            *(1, 0.02, ["precondition_frequency", "refresh_delay", "workers", "max_factor_dim"]),
+        ),
+        # one alone takes longer than the 12 steps until it is due: more workers are no help
+        ("", 4, 0.004, ["precondition_frequency", "refresh_delay", "max_factor_dim"]),
+        ("workers=inline,precondition_frequency=5", 1, 0.3, ["precondition_frequency", "workers", "max_factor_dim"]),
+        ("workers=deferred,precondition_frequency=5", 1, 0.3, ["precondition_frequency", "workers", "max_factor_dim"]),
+    ],
+)
+def test_every_way_out_of_late_refreshes_is_enough(
+    options: str, cores: int, step_seconds: float, ways: list[str]
 ) -> None:
-    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
-    machine = Machine(cores=1)
+    model = f"{__name__}:square_layers"
+
+    def warned(line: str, cores: int, step_seconds: float) -> list[str]:
+        numbers = {"--world-size": 2, "--cores": cores, "--step-seconds": step_seconds}
+        arguments = [word for name, number in numbers.items() for word in (name, str(number))]
+        found = report(f"method=shampoo,{line}".rstrip(","), *arguments, model=model).warnings()
+        return [text for text in found if "cannot keep up" in text or "hold training up" in text]
+
+    (text,) = warned(options, cores, step_seconds)
+    found = re.findall(r"(\w+)=(\{.*?\}|\d+)", text.split("Enough would be ")[1])
+    assert [name for name, _ in found] == ways
+    for name, value in found:
+        kept = [one for one in options.split(",") if one and not one.startswith(name)]
+        more = max([cores, *map(int, re.findall(r"'count': (\d+)", value))])
+        assert not warned(",".join([*kept, f"{name}={value}"]), more, step_seconds), name
+    assert not warned(options, cores, 10.0)
+
+
+@pytest.mark.parametrize(("layers", "ranks"), [(5, 4), (3, 2)])
+def test_smaller_factors_are_enough_where_blocks_cannot_be_divided_evenly(layers: int, ranks: int) -> None:
+    model = square_layers(layers)
 
     def made(**options: Any) -> Report:
         optimizer = Shampoo(model, **options)
         found = estimate(optimizer, optimizer.plan_elsewhere("ddp", ranks))
-        return Report(optimizer=optimizer, found=found, machine=machine, engine="ddp", step_seconds=seconds)
+        return Report(optimizer=optimizer, found=found, machine=Machine(cores=1), engine="ddp", step_seconds=1.5e-3)
 
     (text,) = [warning for warning in made().warnings() if "cannot keep up" in warning]
     changed = made(max_factor_dim=int(text.split("max_factor_dim=")[1]))
     assert not any("cannot keep up" in warning for warning in changed.warnings())
 
 
-def test_what_short_intervals_cost_at_the_start() -> None:
-    """Intervals of 2, 4 and 8 steps; one core needs as long as 6 steps: the first roots, 4 steps and 2 steps late."""
-    options = "method=shampoo,precondition_frequency={first: 2, growth: 2, max: 9}"
-    needed = report(options, "--cores", "1").data()["refresh"]["core_seconds_per_interval"]["largest"]
-    found = report(options, "--cores", "1", "--step-seconds", str(needed / 6))
-    assert found.early_wait() == pytest.approx(needed * (1 + 4 / 6 + 2 / 6))
-    assert "while the interval grows (2, growing x 2 to 9)" in found.text()
-    constant = report("method=shampoo,precondition_frequency=9", "--cores", "1", "--step-seconds", "1")
+def test_waits_by_hand() -> None:
+    """Refreshes at steps 2 (used at once), 4, 8 and 16, each due one step later; each takes as long as three steps."""
+    interval = Interval(first=2, growth=2, max=8)
+    schedule = RefreshSchedule(interval=interval, delay=None, start=2, offsets={})
+    beside = Crew(count=1, holds_training=False)
+    assert waits(schedule, {"a": 3.0}, 20, 1.0, beside) == {2: 3.0, 4: 0.0, 5: 2.0, 8: 0.0, 9: 2.0, 16: 0.0, 17: 2.0}
+    # two blocks: the second waits for the first, or has a worker of its own; the first of step 2 delays nobody else
+    assert waits(schedule, {"a": 3.0, "b": 3.0}, 5, 1.0, beside) == {2: 6.0, 4: 0.0, 5: 5.0}
+    two = Crew(count=2, holds_training=False)
+    assert waits(schedule, {"a": 3.0, "b": 3.0}, 5, 1.0, two) == {2: 3.0, 4: 0.0, 5: 2.0}
+    deferred = Crew(count=2, holds_training=True)
+    assert waits(schedule, {"a": 3.0, "b": 1.0}, 5, 1.0, deferred) == {2: 3.0, 4: 0.0, 5: 3.0}
+    inline = Crew(count=1, holds_training=True, in_the_step=True)
+    assert waits(schedule, {"a": 3.0, "b": 1.0}, 5, 1.0, inline) == {2: 4.0, 4: 4.0, 5: 0.0}
+    options = Shampoo(
+        two_layers(), precondition_frequency={"first": 2, "growth": 2, "max": 8}, start_preconditioning_step=2
+    ).options
+    load = Load(options=options, seconds={"a": 3.0}, offsets={}, crew=beside)
+    assert load.early_wait(1.0) == 5.0 and load.settled_wait(1.0) == 2.0 / 8
+
+
+def test_what_is_said_of_the_start() -> None:
+    common = ("--cores", "1", "--step-seconds", "0.1")
+    model = f"{__name__}:square_layers"
+    text = report("method=shampoo", *common, model=model).text()
+    assert "while the interval grows (2, growing x 1.15 to 100)" in text
+    constant = report("method=shampoo,precondition_frequency=100", *common, model=model)
+    needed = constant.data()["refresh"]["core_seconds_per_interval"]["largest"]
     assert constant.early_wait() == pytest.approx(needed) and "the first roots hold" in constant.text()
+
+
+def frozen_trunk() -> nn.Module:
+    model = square_layers(5)
+    for layer in list(model)[:4]:
+        layer.requires_grad_(False)
+    return model
+
+
+def test_what_is_frozen_costs_no_time() -> None:
+    trunk, alone = (report(model=f"{__name__}:{name}") for name in ("frozen_trunk", "one_layer"))
+    assert trunk.seconds() == alone.seconds()
+
+
+def one_layer() -> nn.Module:
+    return square_layers(1)
+
+
+class Experts(nn.Module):
+    """Fused, as Transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(4, 2048, 512))
+
+
+def test_experts_are_preconditioned_as_matrices() -> None:
+    plan = Shampoo(Experts()).plan_elsewhere("fsdp2", 4)
+    assert {unit.block.shape for unit in plan.units} == {(4, 1024, 512)}
+    assert {unit.block.orders for unit in plan.units} == {(4, *[256] * 4, *[256] * 2)}
+
+
+class Table(nn.Module):
+    """A short side that is preconditioned, and a long one that is not, beside small layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(200_000, 1024))
+        self.layers = square_layers(8)
+
+
+def test_what_makes_ranks_wait_for_each_other_is_named() -> None:
+    model = f"{__name__}:Table"
+    common = ("--world-size", "8", "--step-seconds", "0.1", "--statistics-flops", "1e12")
+    found = report("method=shampoo", *common, "--engine", "fsdp2", model=model).warnings()
+    (uneven,) = [text for text in found if "uneven" in text]
+    assert "table (200000x1024)" in uneven and "{'match': '^table$', 'method': 'none'}" in uneven
+    (travel,) = [text for text in found if "collectives" in text]
+    assert "of them of table. overrides" in travel
+    without = 'method=shampoo,overrides=[{match: "^table$", method: none}]'
+    assert report(without, *common, "--engine", "fsdp2", model=model).warnings() == []
+    # more ranks than blocks is no reason: four equal ones are as even as they can be
+    assert report("method=shampoo", "--world-size", "64", "--step-seconds", "1", model=HERE).warnings() == []
 
 
 def test_the_command_prints_tables_and_data(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +310,13 @@ def test_the_command_prints_tables_and_data(capsys: pytest.CaptureFixture[str]) 
         (["--model", HERE, "--world-size", "6", "--engine", "hsdp", "--shard-size", "4"], "no multiple"),
         (["--model", HERE, "--engine", "fsdp2", "--shard-size", "1"], "'hsdp' and 'fsdp1' have"),
         (["--model", HERE, "--flops", "0"], "flops=0.0: must be above 0"),
+        (["--model", HERE, "--latency", "inf"], "latency=inf: must be at least 0, and finite"),
+        (["--model", HERE, "--bandwidth", "-5"], "--bandwidth -5: must be above 0"),
+        (["--model", HERE, "--sub-group-size", "0"], "--sub-group-size 0: must be at least 1"),
+        (["--model", HERE, "--dtype", "auto"], "--dtype 'auto'"),
+        (["--model", f"{__name__}:fails"], "fails: RuntimeError: no such data here"),
+        (["--model", f"{__name__}:lazy"], "parameter 'weight' has no shape yet"),
+        (["--model", "llama", "--model-options", '{"hidden_size": 10, "num_attention_heads": 3}'], "llama: "),
         (["--model", HERE, "method=shampoo", "--method", "soap"], "says method='shampoo'"),
     ],
 )
@@ -224,6 +324,35 @@ def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pyte
     pytest.importorskip("transformers")
     assert main(["plan", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no such data here\nand more")
+
+
+def lazy() -> nn.Module:
+    return nn.LazyLinear(3)
+
+
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    for content, message in (("[1]", "a list where an object was to be"), ("{", "not JSON")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            build_model(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the folder has no config\.json"):
+        build_model(str(tmp_path))
+    small = {"model_type": "llama", "hiden_size": 8, "num_hidden_layers": 1, "vocab_size": 11, "made_by": "somebody"}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    build_model(str(tmp_path))
+    assert "no option 'hiden_size'; did you mean 'hidden_size'?; it is ignored" in caplog.text
+    assert "made_by" not in caplog.text
+
+
+def test_the_configuration_of_the_environment_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOO_CONFIG", "method=soap")
+    assert report().optimizer.method == "soap" and report("--method", "kfac").optimizer.method == "kfac"
 
 
 def test_models_without_numbers(tmp_path: Path) -> None:
