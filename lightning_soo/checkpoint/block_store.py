@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_soo.optim.members import Member
     from lightning_soo.optim.refreshing import Refresher
 
+logger = logging.getLogger(__name__)
 _ARRAYS = ("statistics", "roots", "moments")  # of a block; the rest every rank knows
 
 
@@ -190,6 +192,7 @@ class BlockStore:
         self._loaded, self._consolidated = saved, None
 
     def _restore(self, saved: Mapping[str, Any], refresher: Refresher) -> None:
+        changed: dict[tuple[torch.dtype, torch.dtype], int] = {}
         for key, block in self._blocks.items():
             entry = saved["blocks"].get(key)
             if entry is None:
@@ -212,6 +215,9 @@ class BlockStore:
                     )
                     block.second_moment_weight = float(entry["moments"]["weight"])
             if has_roots and is_home:
+                dtypes = entry["roots"][0].dtype, block.compute_dtype
+                if dtypes[0] != dtypes[1]:
+                    changed[dtypes] = changed.get(dtypes, 0) + 1
                 block.roots = [
                     root.to(device=block.device, dtype=block.compute_dtype, copy=True) for root in entry["roots"]
                 ]
@@ -223,4 +229,12 @@ class BlockStore:
             count = saved.get("counters", {}).get(member.name)
             if member.counter is not None and count is not None:
                 member.counter.fill_(count)
+        for (there, here), count in changed.items():
+            logger.warning(
+                "roots of %d blocks were %s in the checkpoint and are %s here: set compute_dtype, which is measured on "
+                "each machine where it is 'auto', to go on in the same numbers",
+                count,
+                str(there).removeprefix("torch."),
+                str(here).removeprefix("torch."),
+            )
         refresher.restore([row for row in saved["in_flight"] if row["key"] in self._blocks])

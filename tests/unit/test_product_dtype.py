@@ -55,6 +55,24 @@ def test_rates_are_measured_once_and_draw_no_random_numbers() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_another_dtype_after_a_checkpoint_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stepped(gain: float) -> Shampoo:
+        monkeypatch.setattr(plannable, "bfloat16_gain", lambda device: gain)
+        net = nn.Linear(256, 256, bias=False)
+        optimizer = Shampoo(net, workers="inline", start_preconditioning_step=1)
+        net(torch.ones(2, 256)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    saved = stepped(4.0).state_dict()
+    stepped(4.0).load_state_dict(saved)
+    assert not caplog.text
+    stepped(1.0).load_state_dict(saved)
+    assert "roots of 1 blocks were bfloat16 in the checkpoint and are float32 here: set compute_dtype" in caplog.text
+
+
 def test_without_such_products_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks would wait for this one's answer."""
 
