@@ -20,7 +20,7 @@ from lightning_soo.placement.plan import Plan
 from lightning_soo.planning.estimates import ByRank, qr_flops
 from lightning_soo.planning.machine import Machine
 from lightning_soo.planning.waiting import Load, crew
-from lightning_soo.refresh.schedule import stagger_offsets
+from lightning_soo.refresh.schedule import delay_within, stagger_offsets
 
 _SMALLEST_DIM = 64
 # of a step: what rounding and the spread of refreshes over steps make, and what training may stand still on purpose
@@ -95,14 +95,14 @@ class Refreshes:
         load = max(self.loads, key=lambda load: load.settled_wait(step_seconds))
         key, longest = max(load.seconds.items(), key=lambda item: item[1])
         what = "refreshes hold training up for" if on_purpose else "refreshes cannot keep up: training would wait"
-        due = length // 8 if options.refresh_delay is None else options.refresh_delay
+        due = delay_within(length) if options.refresh_delay is None else options.refresh_delay
         text = (
             f"{what} {wait:.3g} s in a step of {step_seconds:.3g} s. The slowest rank needs "
             f"{sum(load.seconds.values()):.3g} seconds of one core in an interval of {length} steps, {longest:.3g} of "
             f"them for {key}"
         )
         if not on_purpose:
-            text += f", which is due {max(1, due)} steps ({max(1, due) * step_seconds:.3g} s) after it was started"
+            text += f", which is due {due} steps ({due * step_seconds:.3g} s) after it was started"
         return [f"{text}. Enough would be {', or '.join(ways)}" if (ways := self._ways(step_seconds)) else text]
 
     def _ways(self, step_seconds: float) -> list[str]:
@@ -126,7 +126,7 @@ class Refreshes:
         if options.basis != "qr" and options.refresh_delay != 0:
             delay = _fewest(
                 lambda steps: works(replace(options, refresh_delay=steps), cores),
-                (interval.max // 8 if options.refresh_delay is None else options.refresh_delay) + 1,
+                1 + (delay_within(interval.max) if options.refresh_delay is None else options.refresh_delay),
                 interval.max,
             )
             if delay is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.refresh.schedule import Interval, RefreshSchedule
-from lightning_soo.refresh.workers import INLINE_MILLISECONDS, MOST_PROCESSES
+from lightning_soo.refresh.workers import choose_workers
 
 _INTERVALS = 2  # over which a wait is averaged, after as many
 
@@ -76,25 +76,24 @@ class Load:
 
 
 def crew(options: ShampooOptions, cores: float, refresh_seconds: float) -> Crew:
-    """As :func:`lightning_soo.refresh.workers.make_executor` decides, on a rank with ``cores`` for its refreshes alone.
+    """As :func:`lightning_soo.refresh.workers.choose_workers` decides, with ``cores`` that training leaves free.
 
     Args:
         refresh_seconds: of all blocks that the rank refreshes.
     """
     if options.basis == "qr":
         return Crew(count=1, holds_training=True, in_the_step=True)
-    workers, available = options.workers, max(1, int(cores))
-    kind = workers.kind
-    if kind == "auto":
-        kind = "process"
-        if refresh_seconds * 1000 < INLINE_MILLISECONDS:
-            kind = "inline"
-        elif options.refresh_delay == 0:
-            kind = "deferred" if (workers.count or available) > 1 else "inline"
-    if kind == "inline":
-        return Crew(count=1, holds_training=True, in_the_step=True)
-    most = {"deferred": available, "thread": 1, "process": min(available, MOST_PROCESSES)}[kind]
-    return Crew(count=min(workers.count or most, available), holds_training=kind == "deferred")
+    available = max(1, int(cores))
+    kind, count = choose_workers(
+        options.workers,
+        cores=available,
+        spare=available,
+        refresh_milliseconds=1000 * refresh_seconds,
+        refresh_delay=options.refresh_delay,
+    )
+    return Crew(
+        count=min(count, available), holds_training=kind in ("inline", "deferred"), in_the_step=kind == "inline"
+    )
 
 
 def waits(

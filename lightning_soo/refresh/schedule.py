@@ -35,6 +35,11 @@ def statistics_within(interval: int) -> int:
     return max(1, interval // 10)
 
 
+def delay_within(interval: int) -> int:
+    """Steps between the start of a refresh and its use where nothing else is asked for."""
+    return max(1, interval // _DELAY_SHARE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """Steps between two refreshes of a block: a number, or one that starts short and grows.
@@ -177,7 +182,7 @@ class RefreshSchedule:
         """First step that uses the roots of a refresh started at ``step``."""
         delay = self.delay
         if delay is None:
-            delay = 0 if step == self.start else max(1, self._around(step)[1] // _DELAY_SHARE)
+            delay = 0 if step == self.start else delay_within(self._around(step)[1])
         return -(-(step + delay) // self.gather) * self.gather
 
     def _around(self, step: int) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from lightning_soo.refresh.processes import ProcessExecutor
 logger = logging.getLogger(__name__)
 KINDS = ("auto", "inline", "deferred", "thread", "process")
 # a refresh of all blocks below this is not worth handing over
-INLINE_MILLISECONDS = 2.0
+_INLINE_MILLISECONDS = 2.0
 # processes beyond these gain little and cost memory
-MOST_PROCESSES = 8
+_MOST_PROCESSES = 8
 _DEADLINE = 120.0  # seconds
 
 
@@ -102,6 +102,27 @@ class Machine:
     data_workers: int = 0
 
 
+def choose_workers(
+    options: WorkerOptions, *, cores: int, spare: int, refresh_milliseconds: float, refresh_delay: int | None
+) -> tuple[str, int]:
+    """The kind of workers, and how many.
+
+    Args:
+        cores, spare: of this rank, and of those what training leaves free.
+        refresh_milliseconds, refresh_delay: see :func:`make_executor`.
+    """
+    kind = options.kind
+    if kind == "auto":
+        if refresh_milliseconds < _INLINE_MILLISECONDS:
+            kind = "inline"
+        elif refresh_delay == 0:
+            kind = "deferred" if (options.count or cores) > 1 else "inline"
+        else:
+            kind = "process" if spare > 0 else "deferred"
+    count = {"inline": 1, "deferred": cores, "thread": 1, "process": max(1, min(spare, _MOST_PROCESSES))}[kind]
+    return kind, 1 if kind == "inline" else options.count or count
+
+
 def make_executor(
     options: WorkerOptions, machine: Machine, *, refresh_milliseconds: float, refresh_delay: int | None
 ) -> tuple[Executor, str]:
@@ -114,29 +135,30 @@ def make_executor(
     deadline = options.within(None).deadline or _DEADLINE
     cores = max(1, available_cores() // machine.ranks)
     spare = cores - machine.trainer_cores - machine.data_workers
-    waits = refresh_delay == 0
-    kind = options.kind
-    if kind == "process" and not hasattr(os, "memfd_create"):
+    if options.kind == "process" and not hasattr(os, "memfd_create"):
         logger.warning("worker processes need Linux (memfd_create): background threads are used instead")
-        kind = "thread"
+        options = replace(options, kind="thread")
+    kind, count = choose_workers(
+        options,
+        cores=cores,
+        spare=spare if hasattr(os, "memfd_create") else 0,
+        refresh_milliseconds=refresh_milliseconds,
+        refresh_delay=refresh_delay,
+    )
     reason = "chosen"
-    if kind == "auto":
+    if options.kind == "auto":
         cost = f"{cores} core{'s' * (cores > 1)} to a rank, a refresh takes about {refresh_milliseconds:.1f} ms"
-        if refresh_milliseconds < INLINE_MILLISECONDS:
-            kind, reason = "inline", f"all blocks together take about {refresh_milliseconds:.1f} ms"
-        elif waits:
-            kind, reason = "deferred" if (options.count or cores) > 1 else "inline", f"refresh_delay=0; {cost}"
-        elif spare > 0 and hasattr(os, "memfd_create"):
-            kind, reason = "process", f"{spare} of {cost}, spare"
+        if refresh_milliseconds < _INLINE_MILLISECONDS:
+            reason = f"all blocks together take about {refresh_milliseconds:.1f} ms"
+        elif refresh_delay == 0:
+            reason = f"refresh_delay=0; {cost}"
         else:
-            kind, reason = "deferred", f"no core is spare: {cost}"
+            reason = f"{spare} of {cost}, spare" if kind == "process" else f"no core is spare: {cost}"
     if kind == "inline":
         return InlineExecutor(), f"in the step ({reason})"
     if kind == "deferred":
-        count = options.count or cores
         words = f"all that are due at once, on {count} thread{'s' * (count > 1)} while training waits ({reason})"
         return ThreadExecutor(count, deadline, deferred=True), words
-    count = options.count or (1 if kind == "thread" else max(1, min(spare, MOST_PROCESSES)))
     plural = "s" if kind == "thread" else "es"
     words = f"{count} background {kind}{plural * (count > 1)} ({reason})"
     if kind == "thread":

@@ -87,7 +87,7 @@ def test_every_block_is_refreshed_once_an_interval(
         interval=Interval.parse(frequency), delay=delay, start=start, gather=gather, offsets={"a": offset % frequency}
     )
     steps = [step for step in range(1, start + 6 * frequency) if schedule.refreshes("a", step)]
-    assert steps[0] == start
+    assert steps[0] == start and steps == schedule.refresh_steps("a", start + 6 * frequency - 1)
     gaps = [b - a for a, b in pairwise(steps)]
     assert all(gap == frequency for gap in gaps[1:])
     assert not gaps or ((gaps[0] >= frequency / 2 or offset % frequency == 0) and gaps[0] < 2 * frequency)
@@ -122,6 +122,7 @@ def test_a_growing_interval(
         assert begins == [step for step in expected if step < last]
     staggered = RefreshSchedule(interval=interval, delay=delay, start=start, offsets={"a": int(share * longest)})
     steps = [step for step in range(1, last) if staggered.refreshes("a", step)]
+    assert steps == staggered.refresh_steps("a", last - 1)
     if first < longest:
         for begin, end in pairwise(begins[1:]):
             assert sum(begin <= step < end for step in steps) == 1
