@@ -61,6 +61,7 @@ class DirectedOptimizer(StatefulOptimizer):
         moving = [(member, filtered_of[id(member)]) for member in members if id(member) in filtered_of]
         self._precondition_whole_blocks(moving)
         self._precondition_travellers(part, filtered_of)
+        self._scale_rows([member for member, _ in moving if member.rows is not None])
         self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
         for member, parts in left_to_graft:
             _put_back(member, parts)
@@ -137,6 +138,23 @@ class DirectedOptimizer(StatefulOptimizer):
             given = [assembled[key] for assembled in units]
             found[key] = block.precondition(given[0], given[-1] if block.needs_gradient else None, member.group)
         return found
+
+    def _scale_rows(self, members: Sequence[Member]) -> None:
+        """The diagonal preconditioners of rows that have no matrix."""
+        moments = [member.local_state(self.state[member.tensor])["exp_avg_sq"].contiguous() for member in members]
+        sums: list[Tensor] = []
+        for member, second in zip(members, moments, strict=True):
+            assert member.rows is not None
+            sums += member.rows.cut_sums(second, member.counts).unbind()
+        totals = iter(self._totals(sums, "the rows that sharding cuts"))
+        for member, second in zip(members, moments, strict=True):
+            assert member.rows is not None
+            own = [next(totals) for _ in member.rows.cut]
+            target = member.gradient.contiguous()
+            exponent, eps = member.blocks[0].root_exponent, float(member.group["eps"])
+            member.rows.scale_(target, second, own, exponent=exponent, eps=eps)
+            if target is not member.gradient:
+                member.gradient.copy_(target)
 
     def _squares(self, member: Member, local: Tensor) -> dict[tuple[str, str], Tensor]:
         """Sums of squares of this rank's elements, of the parameter or of each of its blocks."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.optim import grafting
+from lightning_soo.optim.diagonal_rows import DiagonalRows
 from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.placement.boxes import Box, flat_span, pieces, slices, strides
 from lightning_soo.placement.fragments import Fragment, to_local
@@ -34,6 +35,7 @@ class Member:
         whole_blocks: those preconditioned here that lie completely in the fragment.
         joined: blocks of other parameters that it is preconditioned with.
         run: of a parameter with chains (SONew).
+        rows: of a parameter whose rows have a diagonal preconditioner.
         graft: whose step size it has, or moves it alone; None where the direction has its own.
         counts: whether this rank adds its elements to sums over all ranks (each element is added once).
         counter: steps of the graft where several parameters share one optimizer tensor, whose state has room for one.
@@ -51,6 +53,7 @@ class Member:
     graft: str | None
     joined: list[KroneckerBlock] = field(default_factory=list)
     run: Run | None = None
+    rows: DiagonalRows | None = None
     counts: bool = True
     counter: Tensor | None = None
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -184,6 +187,9 @@ def make_members(
             graft=graft,
             counts=plan.table.counts(rank, index, math.prod(fragment.shape)),
         )
+        if blocks and blocks[0].has_diagonal_rows:
+            columns = math.prod(member.merged_shape[1:])
+            member.rows = DiagonalRows.of(fragment, columns, plan.table.cut_rows(index, columns))
         if sharing[id(fragment.tensor)] > 1:
             step = states[fragment.tensor].get("step", torch.tensor(0.0))
             member.counter = counters.get(member.name, step.clone())
@@ -205,6 +211,7 @@ def _new_block(
     return block_class(
         block=unit.block,
         exponent=options.exponent(unit.block),
+        has_diagonal_rows=options.has_diagonal_rows(unit.block),
         compute_dtype=options.root_dtype(spec.dtype, unit.block, fast_bfloat16=fast_bfloat16),
         statistics_dtype=options.statistics_dtype(spec.dtype),
         device=to_local(fragment.tensor).device,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
+WITH_SECOND_MOMENTS = GRAFTS[1:]
 GRAFT_NORMS = ("parameter", "block")
 NONFINITE = ("skip", "raise")
 BASES = ("eigh", "qr")
@@ -62,6 +63,7 @@ class ShampooOptions:
     merge_dims: str = "kernel"
     precondition_1d: bool = False
     one_sided_above: int | None = None
+    diagonal_rows: bool = False
     exponent_override: float | str | None = None
     grafting: str | None = "adam"
     grafting_beta2: float | None = None
@@ -158,6 +160,10 @@ class ShampooOptions:
             one_sided_above=self.one_sided_above,
         )
 
+    def has_diagonal_rows(self, block: Block) -> bool:
+        """Whether second moments of the graft precondition a block's rows, which have no matrix."""
+        return self.diagonal_rows and block.has_free_rows and self.grafting in WITH_SECOND_MOMENTS
+
     def exponent(self, block: Block) -> float | None:
         """``p`` of the roots ``A^(-1/p)`` of a block; None where it depends on the gradients.
 
@@ -165,7 +171,7 @@ class ShampooOptions:
         """
         if isinstance(self.exponent_override, float | int):
             return self.exponent_override
-        dimensions = len(block.dims)
+        dimensions = len(block.dims) + self.has_diagonal_rows(block)
         return None if self.exponent_override is None and dimensions > 1 else 2.0 * dimensions
 
     def statistics_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:

@@ -61,9 +61,12 @@ class Shampoo(SecondOrderOptimizer):
             have, stays as it is); ``"all"`` (dimensions of size one dropped, merged from the right while the product is
             at most ``max_preconditioner_dim``). Dimensions of size one never have a preconditioner.
         precondition_1d: whether vectors (biases, norms) are preconditioned.
-        one_sided_above: a longer dimension has no preconditioner, so that a vocabulary is one-sided: ``G R^(-1/2)``.
-            None is 16384, or ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of
-            ``nn.Embedding`` never has one when the model is known.
+        one_sided_above: a longer dimension has no matrix, as that of a vocabulary. None is 16384, or
+            ``8 * max_preconditioner_dim`` where that is more. The vocabulary side of ``nn.Embedding`` never has one
+            when the model is known.
+        diagonal_rows: where the first dimension has no matrix for that, it has a diagonal, one of the ``k``
+            dimensions: the mean of the graft's second moments over each row, so that rare words move too. Grafts
+            without second moments (None, ``"sgd"``), and False: the papers' one-sided ``G R^(-1/2)``.
         exponent_override: ``p`` of ``A^(-1/p)``; ``"2k"`` is the papers', twice the number ``k`` of preconditioned
             dimensions; None goes from ``2k`` where a parameter's gradients agree, as at a learning rate far below the
             best one, to ``(k + 3) / 2`` (2.5 for a matrix) where they are noise: the same steps end low at both.
@@ -119,6 +122,7 @@ class Shampoo(SecondOrderOptimizer):
         merge_dims: str = "kernel",
         precondition_1d: bool = False,
         one_sided_above: int | None = None,
+        diagonal_rows: bool = True,
         exponent_override: float | str | None = None,
         grafting: str | None = "adam",
         grafting_beta2: float | None = None,
@@ -146,6 +150,7 @@ class Shampoo(SecondOrderOptimizer):
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,
             one_sided_above=one_sided_above,
+            diagonal_rows=diagonal_rows,
             exponent_override=exponent_override,
             grafting=grafting,
             grafting_beta2=grafting_beta2,

@@ -90,6 +90,12 @@ class Block:
         return tuple(tuple(even_cuts(self.shape[dim], largest)) for dim in self.dims)
 
     @property
+    def has_free_rows(self) -> bool:
+        """Whether the first dimension alone has no matrix, being an embedding's or too long; the others do."""
+        rows, *others = self.merged_shape
+        return rows > 1 and self.dims == tuple(dim for dim, size in enumerate(others, 1) if size > 1)
+
+    @property
     def has_several(self) -> bool:
         """Whether some dimension has more than one matrix."""
         return any(len(ranges) > 1 for ranges in self.diagonals)

@@ -150,6 +150,12 @@ class FragmentTable:
             return True
         return rank == 0 if self.is_replicated(parameter, numel) else self.replica[rank] == 0
 
+    def cut_rows(self, parameter: int, columns: int) -> tuple[int, ...]:
+        """The rows of ``columns`` elements that no rank of a copy holds in one piece, in order."""
+        held = [self.ranges[rank][parameter] for rank in self.copy_of(0)]
+        edges = {edge for start, stop in held if start < stop for edge in (start, stop)}
+        return tuple(sorted({edge // columns for edge in edges if edge % columns}))
+
     def digest_rows(self) -> list[object]:
         rows = dict.fromkeys(self.ranges)  # ranks that hold the same, as all do under DDP, are written once
         number = {row: index for index, row in enumerate(rows)}

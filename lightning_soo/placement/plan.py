@@ -172,26 +172,6 @@ class Plan:
         largest = sorted((bucket.largest_bytes for bucket in self._all_buckets), reverse=True)[:2]
         return 2 * (self.exchanges + 1) * sum(largest)
 
-    def collectives_per_step(self, *, observes: bool, grafts: bool, watches: bool = False) -> dict[str, int]:
-        """Collectives of a step between refreshes, once roots are in: two small reductions, and travelling blocks.
-
-        Args:
-            observes: whether statistics see the gradient in this step.
-            grafts: whether directions get the size of a graft or a bound, which takes their norms.
-            watches: whether exponents of roots depend on the gradients.
-        """
-        parts = len({p.spec.part for p in self.parameters if p.is_preconditioned})
-        if self.ranks == 1:
-            return {"all_reduce": 0, "all_to_all": 0}
-        observing = parts if self.adds_up else len(self._all_buckets)
-        sums = parts * grafts
-        if watches and observes:
-            sums += len({p.spec.part for p in self.parameters if any(len(unit.block.dims) > 1 for unit in p.units)})
-        return {
-            "all_reduce": 1 + (sums if self.table.shards > 1 else 0),
-            "all_to_all": len(self._all_buckets) * (self.exchanges + 1) + observing * observes,
-        }
-
     @property
     def preconditioned_share(self) -> float:
         """Elements of preconditioned parameters over all trainable elements."""

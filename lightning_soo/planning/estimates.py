@@ -32,6 +32,8 @@ ByRank = npt.NDArray[np.float64]
 # and two moments, three written), its norm, the direction written, its norm, the parameter moved
 PASSES = 16
 PASSES_OF_ADAM = 7
+# a diagonal preconditioner of rows: second moments read, the direction read and written
+PASSES_OF_ROWS = 3
 # passes over a whole band in SONew's step, beside those
 _BAND_PASSES = 3
 # small operations by parameter in a step, by block (or tile of equal ones) that is applied in a step, and by block that
@@ -145,6 +147,8 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
     trained = elements * np.array([parameter.spec.requires_grad for parameter in plan.parameters])
     widths = np.array([parameter.spec.dtype.itemsize for parameter in plan.parameters], dtype=np.float64)
     moved = PASSES * (trained @ widths)
+    by_rows = [_has_diagonal_rows(optimizer, parameter) for parameter in plan.parameters]
+    moved += PASSES_OF_ROWS * ((elements * np.array(by_rows)) @ widths)
     if isinstance(options, SONewOptions):
         moved += _BAND_PASSES * memory["statistics"]
     else:  # statistics are read and written, roots read
@@ -163,6 +167,10 @@ def estimate(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collecti
         interval=options.precondition_frequency.max,
         statistics_frequency=options.statistics_frequency,
     )
+
+
+def _has_diagonal_rows(optimizer: PlannedOptimizer, parameter: PlannedParameter) -> bool:
+    return any(optimizer.options.has_diagonal_rows(unit.block) for unit in parameter.units)
 
 
 def _refresh(block: Block, *, on_device: bool) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from lightning_soo.placement.table import format_bytes, plan_table
 from lightning_soo.planning.advice import Refreshes, traffic, uneven_statistics
 from lightning_soo.planning.estimates import ByRank, Estimate, refresh_seconds
 from lightning_soo.planning.machine import Machine
-from lightning_soo.planning.traffic import INTERVAL, STATISTICS, STEP
+from lightning_soo.planning.traffic import INTERVAL, STATISTICS, STEP, collectives_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,6 @@ class Report:
     def data(self) -> dict[str, Any]:
         """All figures as plain data; bytes, flops and seconds."""
         plan, found = self.found.plan, self.found
-        per_step = plan.collectives_per_step(
-            observes=True, grafts=self.optimizer.options.grafting is not None, watches=self.optimizer.watches_signal
-        )
         seconds = self.seconds()
         total = sum(seconds.values())
         core = refresh_seconds(found, self.machine)
@@ -109,12 +106,7 @@ class Report:
                 }
                 for flow in found.flows
             ],
-            "collectives_per_step": {
-                "all_reduce": per_step["all_reduce"],
-                "all_to_all": per_step["all_to_all"],
-            }
-            if plan.units
-            else {},
+            "collectives_per_step": collectives_per_step(found.flows),
             "seconds_per_step": {**seconds, "total": total},
             "step_seconds": self.step_seconds,
             "overhead": total / self.step_seconds if self.step_seconds else None,

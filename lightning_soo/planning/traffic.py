@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from lightning_soo.transport import template_size
 Bytes = npt.NDArray[np.int64]
 # when a flow is sent, from the first roots on
 STEP, STATISTICS, INTERVAL = "step", "statistics", "interval"
+ALL_REDUCE, ALL_TO_ALL, BROADCAST = "all_reduce", "all_to_all", "broadcast"
 _SCALAR = 8  # flags and sums of squares travel in float64
 
 
@@ -41,6 +42,7 @@ class Flow:
         when: in every ``"step"``, in steps that update ``"statistics"``, or once in a refresh ``"interval"``.
         bytes: of each rank.
         collectives: how many; none where it makes another one longer.
+        kind: of collective.
         arriving: bytes that reach every rank, where that is more than any sends: broadcasts of several.
     """
 
@@ -49,6 +51,7 @@ class Flow:
     when: str
     bytes: Bytes
     collectives: int
+    kind: str = ALL_TO_ALL
     arriving: int = 0
 
 
@@ -62,10 +65,19 @@ def flows(optimizer: PlannedOptimizer, plan: Plan, without_gradient: Collection[
     if plan.ranks == 1:
         return []
     counted = Counting(optimizer, plan, without_gradient)
-    sums = [*counted.flags(), *counted.norms(), *counted.signal()]
+    sums = [*counted.flags(), *counted.norms(), *counted.rows(), *counted.signal()]
     parts = [*counted.cut_blocks(), *counted.chains(), *counted.factors()]
     found = [*sums, *parts, *counted.roots(), *counted.statistics()]
     return [flow for flow in found if flow.collectives or flow.bytes.any()]
+
+
+def collectives_per_step(found: Sequence[Flow]) -> dict[str, int]:
+    """By kind, those of a step that updates statistics and neither starts nor takes roots."""
+    counts = dict.fromkeys((ALL_REDUCE, ALL_TO_ALL), 0)
+    for flow in found:
+        if flow.when != INTERVAL:
+            counts[flow.kind] += flow.collectives
+    return counts
 
 
 class Counting:
@@ -115,9 +127,22 @@ class Counting:
         if self._plan.table.shards == 1 or not self._optimizer.watches_signal:
             return
         for members in self._parts.values():
-            count = sum(any(len(unit.block.dims) > 1 for unit in one.units) for one in members)
+            count = sum(any(self._options.exponent(unit.block) is None for unit in one.units) for one in members)
             if count:
                 yield self._reduction("the gradients' signal", 2 * count, STATISTICS)
+
+    def rows(self) -> Iterator[Flow]:
+        """Second moments of the rows that sharding cuts, part by part, where rows have a diagonal preconditioner."""
+        numbers = {parameter.name: index for index, parameter in enumerate(self._plan.parameters)}
+        for members in self._parts.values():
+            count = 0
+            for one in members:
+                blocks = [unit.block for unit in one.units]
+                if blocks and self._options.has_diagonal_rows(blocks[0]):
+                    columns = math.prod(blocks[0].merged_shape[1:])
+                    count += len(self._plan.table.cut_rows(numbers[one.name], columns))
+            if count:
+                yield self._reduction("the rows that sharding cuts", count)
 
     def cut_blocks(self) -> Iterator[Flow]:
         """Gradients of cut blocks to their homes, for statistics and for directions, and directions back."""
@@ -184,6 +209,7 @@ class Counting:
                 when=INTERVAL,
                 bytes=sent,
                 collectives=collectives * owners,
+                kind=BROADCAST,
                 arriving=int(sent.sum()),
             )
             return
@@ -226,6 +252,7 @@ class Counting:
             when=when,
             bytes=self._zeros + _SCALAR * count,
             collectives=collectives,
+            kind=ALL_REDUCE,
         )
 
     def _per_interval(self, purpose: str, axis: str, sent: Bytes, collectives: int) -> Flow:

@@ -106,6 +106,7 @@ class KroneckerBlock:
 
     Attributes:
         exponent: ``p``; None: :attr:`root_exponent` finds it from ``signal``.
+        has_diagonal_rows: whether rows, which have no matrix, are scaled by others of their second moments.
         signal: of the whole parameter; known on every rank.
         compute_dtype: dtype of the roots, in which the products of :meth:`precondition` run.
         statistics_dtype: dtype of the statistics, wherever they are kept.
@@ -127,6 +128,7 @@ class KroneckerBlock:
     block: Block
     exponent: float | None
     compute_dtype: torch.dtype
+    has_diagonal_rows: bool = False
     statistics_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     statistics: KroneckerStatistics | None = None
@@ -189,7 +191,8 @@ class KroneckerBlock:
         """
         if self.exponent is not None:
             return self.exponent
-        return 2.0 + (len(self.block.dims) - 1.0) * (1.0 + 3.0 * self.signal.share) / 2.0
+        dimensions = len(self.block.dims) + self.has_diagonal_rows
+        return 2.0 + (dimensions - 1.0) * (1.0 + 3.0 * self.signal.share) / 2.0
 
     def count(self, *, decay: float, weight: float) -> None:
         """Keep the sum of weights, on every rank, whoever holds the statistics."""

@@ -14,11 +14,9 @@ import torch.distributed as dist
 from engines import Engine, Zero, deviation, every_engine, make_model, make_optimizer, reference
 from launching import leave
 
-from lightning_soo import KFAC, Shampoo
-from lightning_soo.optim.banded import BandedOptimizer
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.placement.plan import Plan
-from lightning_soo.planning.traffic import INTERVAL, flows
+from lightning_soo.planning.traffic import INTERVAL, collectives_per_step, flows
 
 # accumulation, clipping, refresh delay
 CASES = ((1, None, 2), (2, None, 0), (1, 0.05, 0), (2, 0.05, 2))
@@ -178,20 +176,7 @@ def planned(engine: Engine) -> dict[str, int]:
     """Collectives of a step without refreshes."""
     optimizer = engine.optimizer
     assert optimizer._plan is not None
-    banded = isinstance(optimizer, BandedOptimizer)
-    grafts = banded or optimizer.options.grafting is not None
-    if isinstance(optimizer, KFAC):
-        grafts = optimizer.options.kl_clip is not None
-    watches = type(optimizer) is Shampoo
-    found = optimizer._plan.collectives_per_step(observes=True, grafts=grafts, watches=watches)
-    # a bucket in which nothing ever has a gradient is left out
-    buckets = [bucket for found in optimizer._plan.buckets.values() for bucket in found]
-    idle = sum(all(t.key.startswith("unused") for t in bucket.travellers) for bucket in buckets)
-    found["all_to_all"] -= idle * (optimizer._plan.exchanges + (1 if optimizer._plan.adds_up else 2))
-    if banded:  # one exchange and one maximum where a chain is cut
-        cuts = sum(not halos.is_empty for halos in optimizer._halos.values())
-        found = {"all_reduce": found["all_reduce"] + cuts, "all_to_all": cuts}
-    return found
+    return collectives_per_step(flows(optimizer, optimizer._plan, without_gradient=("unused.weight", "unused.bias")))
 
 
 def main(method: str, names: list[str]) -> None:
