@@ -23,7 +23,7 @@ class Found:
     Attributes:
         point: learning rate and horizon of its shortest run that ends at the target; None if there is none.
         longest: its best run of the longest horizon.
-        fewest: by target, steps of its shortest run that ends there.
+        fewest: by target that was searched, steps of its shortest run that ends there; None if there is none.
     """
 
     search: Search
@@ -49,13 +49,19 @@ def found_of(search: Search, contender: Contender, targets: Sequence[float], own
         Missing: a run is not there, and the search has no runner.
     """
     lr, final = search.best(search.longest)
+    fewest: dict[float, int | None] = {}
+    for target in targets:
+        try:
+            fewest[target] = search.fewest(target)
+        except Missing:  # a further target may be left out, not AdamW's own
+            continue
     point = search.confirmed(list(own))
     return Found(
         search=search,
         point=Entry(contender, *point) if point else None,
         longest=Entry(contender, lr, search.longest),
         final=final,
-        fewest={target: search.fewest(target) for target in targets},
+        fewest=fewest,
         curve=search.row(lr, search.longest)["curve"],
     )
 
@@ -120,7 +126,11 @@ def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:
     def row(found: Found) -> list[str]:
         times = sorted(median_times(clock.runs(found.longest)).items())
         cells = []
-        for steps in found.fewest.values():
+        for target in targets:
+            if target not in found.fewest:
+                cells.append("not searched")
+                continue
+            steps = found.fewest[target]
             if steps is None or not times:
                 cells.append("-" if steps is None else f"{steps}")
                 continue

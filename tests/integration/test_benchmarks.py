@@ -208,6 +208,12 @@ def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -
     assert [run.loss for run in clock.runs(everyone[0].longest)] == own[:2]
     lines = target_report.tables(TINY, everyone, clock, own, "here")
     assert sum(line.startswith("| ours |") for line in lines) == 3
+    # a further target that was searched for AdamW alone
+    asked = [(search.Search(store, pair.contender, 40, 1), contender) for pair, contender in pairs]
+    further = 1.001 * two.best(40)[1]
+    one.fewest(further)
+    lines = target_report.tables(TINY, target_report.complete(asked, [further], own), clock, own, "here")
+    assert "| ours | not searched |" in lines[: lines.index("## Equal horizons: everybody's best run of 40 steps")]
     target_report.picture(TINY, everyone, clock, own, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
