@@ -7,6 +7,7 @@ than a minimum and a maximum.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,10 +46,17 @@ def inner_product(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(sums).sum() if sums else first.new_zeros((), dtype=torch.float64)
 
 
-def largest_magnitude(tensor: Tensor) -> Tensor:
-    """Largest absolute element as a float64 scalar; Inf where any element is NaN or infinite."""
-    smallest, largest = torch.aminmax(tensor)
-    return torch.maximum(-smallest, largest).to(torch.float64).nan_to_num(nan=float("inf"), posinf=float("inf"))
+def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Largest absolute element of each, as float64 on the first one's device; Inf where any is NaN or infinite.
+
+    Args:
+        tensors: none of them empty.
+    """
+    found = [value for tensor in tensors for value in torch.aminmax(tensor)]
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        found = [value.to(tensors[0].device, torch.float64) for value in found]
+    lows, highs = torch.stack(found).view(-1, 2).unbind(1)
+    return torch.maximum(-lows, highs).to(torch.float64).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def power_of_two_scale(peak: float) -> float:

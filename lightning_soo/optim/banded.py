@@ -52,7 +52,8 @@ class BandedOptimizer(SecondOrderOptimizer):
     def _work(self, member: Member) -> Work:
         def scratch() -> Tensor:
             # memory for one parameter at a time: a fresh array costs more than what is computed in it
-            return self._scratch_like(member.gradient).view(-1)
+            (buffer,) = self._scratch_like([member.gradient])
+            return buffer.view(-1)
 
         return Work(member, self.state[member.tensor], self.options, scratch)
 

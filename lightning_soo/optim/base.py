@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from lightning_soo.linalg.norms import largest_magnitude
+from lightning_soo.linalg.norms import largest_magnitudes
 from lightning_soo.optim import grafting
 from lightning_soo.optim.directions import DirectedOptimizer
 from lightning_soo.optim.members import Member
@@ -118,7 +118,9 @@ class SecondOrderOptimizer(DirectedOptimizer):
         assert self._layout is not None
         pending, scale = self._layout.pending_gradients() if self._layout.pending_gradients else ({}, 1.0)
         flags = torch.zeros(len(self._members) + 1, dtype=torch.float64)
-        positions, found = [], []
+        positions: list[int] = []
+        found: list[Tensor] = []
+        scales: list[float] = []
         for index, member in enumerate(self._members):
             if member.is_empty:
                 continue
@@ -131,11 +133,11 @@ class SecondOrderOptimizer(DirectedOptimizer):
                     return flags, member.name
                 gradient = member.local_gradient()
             assert gradient is not None
-            largest = largest_magnitude(gradient)
-            found.append(largest if pending.get(index) is None else largest / scale)
+            found.append(gradient)
+            scales.append(1.0 if pending.get(index) is None else float(scale))
             positions.append(index)
         if found:
-            flags[positions] = torch.stack([value.to(found[0].device) for value in found]).cpu()
+            flags[positions] = largest_magnitudes(found).cpu() / torch.tensor(scales, dtype=torch.float64)
         return flags, None
 
     def _collect(self, members: list[Member]) -> None:

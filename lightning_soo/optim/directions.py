@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lightning_soo.preconditioners.kronecker import KroneckerBlock
 from lightning_soo.preconditioners.stacks import Stack
 
 _LARGEST_RATIO = 1e30  # of a graft's size to a direction's; float32 must hold it
+# of one parameter whose graft advances with others', and of all of these at once
+_SMALL, TOGETHER = 1 << 17, 1 << 20
 _ZERO = torch.tensor(0.0, dtype=torch.float64)  # of ranks that have nothing to add
 
 
@@ -25,24 +27,10 @@ class DirectedOptimizer(StatefulOptimizer):
 
     def _precondition(self, part: int, members: list[Member]) -> None:
         """Write each parameter's direction over its gradient and find its scale; one host synchronisation in all."""
-        options = self.options
-        gradient_norms = self._gradient_norms(members)
-        grafts: dict[tuple[str, str], Tensor] = {}
+        squares: dict[int, dict[tuple[str, str], Tensor]] = {}
         filtered_of: dict[int, Tensor] = {}
         left_to_graft: list[tuple[Member, list[tuple[Box, Tensor]]]] = []
-        for member in members:
-            local = member.local_state(self.state[member.tensor])
-            graft = self._scratch_like(member.gradient)
-            filtered, correction = grafting.update(
-                member.graft,
-                member.gradient,
-                local,
-                member.group,
-                beta2=float(member.group["betas"][1]) if options.grafting_beta2 is None else options.grafting_beta2,
-                use_bias_correction=options.use_bias_correction,
-                gradient_norm=gradient_norms.get(member.name, 0.0),
-                out=graft,
-            )
+        for member, graft, filtered, correction in self._advance_grafts(members):
             if member.counter is not None:
                 step = self.state[member.tensor]["step"]
                 step.copy_(torch.maximum(step, member.counter))
@@ -56,8 +44,10 @@ class DirectedOptimizer(StatefulOptimizer):
             if member.graft is None:
                 member.scale = correction
             else:
-                grafts |= self._squares(member, graft)
+                squares[id(member)] = self._squares(member, graft)
             filtered_of[id(member)] = filtered
+        # in the members' order, which is that of all ranks
+        grafts = {key: value for member in members for key, value in squares.get(id(member), {}).items()}
         moving = [(member, filtered_of[id(member)]) for member in members if id(member) in filtered_of]
         self._precondition_whole_blocks(moving)
         self._precondition_travellers(part, filtered_of)
@@ -65,6 +55,44 @@ class DirectedOptimizer(StatefulOptimizer):
         self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
         for member, parts in left_to_graft:
             _put_back(member, parts)
+
+    def _advance_grafts(self, members: Sequence[Member]) -> Iterator[tuple[Member, Tensor, Tensor, float]]:
+        """Advance the moments; of each member the graft's direction, which the next one may overwrite, the filtered
+        gradient, and the factor that corrects its bias. Small ones go together, so not in the members' order.
+        """
+        options = self.options
+        gradient_norms = self._gradient_norms(members)
+
+        def beta2(member: Member) -> float:
+            return float(member.group["betas"][1]) if options.grafting_beta2 is None else options.grafting_beta2
+
+        for batch in _batches(members):
+            states = [member.local_state(self.state[member.tensor]) for member in batch]
+            buffers = self._scratch_like([member.gradient for member in batch])
+            if len(batch) > 1:
+                found = grafting.update_adam(
+                    [member.gradient for member in batch],
+                    states,
+                    batch[0].group,
+                    beta2=beta2(batch[0]),
+                    use_bias_correction=options.use_bias_correction,
+                    out=buffers,
+                )
+                for member, graft, (filtered, correction) in zip(batch, buffers, found, strict=True):
+                    yield member, graft, filtered, correction
+                continue
+            (member,), (graft,) = batch, buffers
+            filtered, correction = grafting.update(
+                member.graft,
+                member.gradient,
+                states[0],
+                member.group,
+                beta2=beta2(member),
+                use_bias_correction=options.use_bias_correction,
+                gradient_norm=gradient_norms.get(member.name, 0.0),
+                out=graft,
+            )
+            yield member, graft, filtered, correction
 
     def _precondition_whole_blocks(self, moving: Sequence[tuple[Member, Tensor]]) -> None:
         """Blocks that lie in this rank's fragments: straight from the filter to the gradient's storage."""
@@ -195,7 +223,7 @@ class DirectedOptimizer(StatefulOptimizer):
             values = self._transport.total(values, purpose)
         return values.tolist()
 
-    def _gradient_norms(self, members: list[Member]) -> dict[str, float]:
+    def _gradient_norms(self, members: Sequence[Member]) -> dict[str, float]:
         """Norms of whole gradients, for the grafts that divide by them."""
         if not grafting.normalizes(self.options.grafting):
             return {}
@@ -228,14 +256,36 @@ class DirectedOptimizer(StatefulOptimizer):
             if not in_place:
                 member.gradient.copy_(target)
 
-    def _scratch_like(self, tensor: Tensor) -> Tensor:
-        """Memory for one graft direction at a time, of the largest parameter's size."""
-        key = (tensor.device, tensor.dtype)
+    def _scratch_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for one batch of graft directions at a time: of the largest parameter's size, or of small ones."""
+        key = (tensors[0].device, tensors[0].dtype)
+        needed = sum(tensor.numel() for tensor in tensors)
         buffer = self._scratch.get(key)
-        if buffer is None or buffer.numel() < tensor.numel():
-            largest = max(m.fragment.stop - m.fragment.start for m in self._members)
-            buffer = self._scratch[key] = torch.empty(largest, dtype=tensor.dtype, device=tensor.device)
-        return buffer[: tensor.numel()].as_strided(tensor.shape, tensor.stride())
+        if buffer is None or buffer.numel() < needed:
+            sizes = [m.fragment.stop - m.fragment.start for m in self._members]
+            enough = max(*sizes, min(sum(sizes), TOGETHER))
+            buffer = self._scratch[key] = torch.empty(enough, dtype=tensors[0].dtype, device=tensors[0].device)
+        parts = torch.split(buffer[:needed], [tensor.numel() for tensor in tensors])
+        return [part.as_strided(tensor.shape, tensor.stride()) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _batches(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Members whose grafts advance together: small ones of one group, since a call takes longer than their elements."""
+    batches: dict[tuple[object, ...], list[Member]] = {}
+    sizes: dict[tuple[object, ...], int] = {}
+    for member in members:
+        gradient = member.gradient
+        size = gradient.numel()
+        if member.graft != "adam" or not 0 < size <= _SMALL:
+            yield [member]
+            continue
+        key = id(member.group), gradient.dtype, gradient.device
+        if sizes.get(key, 0) + size > TOGETHER:
+            yield batches.pop(key)
+            sizes[key] = 0
+        batches.setdefault(key, []).append(member)
+        sizes[key] = sizes.get(key, 0) + size
+    yield from batches.values()
 
 
 def _ratio(graft: float, direction: float) -> float:

@@ -6,7 +6,7 @@ continues, and every engine saves it as AdamW's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,47 @@ def normalizes(grafting: str | None) -> bool:
     return grafting is not None and grafting.endswith("_normalized")
 
 
+def update_adam(
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    group: Mapping[str, Any],
+    *,
+    beta2: float,
+    use_bias_correction: bool,
+    out: Sequence[Tensor],
+) -> list[tuple[Tensor, float]]:
+    """:func:`update` by Adam of several parameters of one group and device at once, none of them empty.
+
+    Returns:
+        Of each what :func:`update` returns.
+    """
+    beta1 = group["betas"][0]
+    on_cpu = gradients[0].device.type == "cpu"
+    for tensor in out:
+        tensor.zero_()
+    # torch's own Adam from zero with learning rate -1 leaves its direction in `out`; fused on the CPU it is one pass
+    # over memory where separate operations need eight
+    adam(
+        list(out),
+        list(gradients),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=on_cpu,
+        foreach=not on_cpu and len(gradients) > 1,
+        amsgrad=False,
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+    corrections = [1.0 / (1.0 - beta1 ** float(state["step"])) if use_bias_correction else 1.0 for state in states]
+    return [(state["exp_avg"], correction) for state, correction in zip(states, corrections, strict=True)]
+
+
 def update(
     grafting: str | None,
     gradient: Tensor,
@@ -65,27 +106,10 @@ def update(
         state["step"] += 1
         return gradient, 1.0
     if grafting == "adam":
-        # torch's own Adam from zero with learning rate -1 leaves its direction in `out`; fused on the CPU it is one
-        # pass over memory where separate operations need eight
-        adam(
-            [out.zero_()],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            fused=gradient.device.type == "cpu",
-            foreach=False,
-            amsgrad=False,
-            lr=-1.0,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
+        (found,) = update_adam(
+            [gradient], [state], group, beta2=beta2, use_bias_correction=use_bias_correction, out=[out]
         )
-        correction = 1.0 / (1.0 - beta1 ** float(state["step"])) if use_bias_correction else 1.0
-        return state["exp_avg"], correction
+        return found
 
     state["step"] += 1
     filtered, correction = gradient, 1.0

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_soo.optim import grafting
-from lightning_soo.optim.diagonal_rows import DiagonalRows
 from lightning_soo.optim.options import ShampooOptions
 from lightning_soo.placement.boxes import Box, flat_span, pieces, slices, strides
 from lightning_soo.placement.fragments import Fragment, to_local
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.overrides import ParameterSpec
 from lightning_soo.placement.plan import Plan, PlannedParameter, Unit
+from lightning_soo.preconditioners.diagonal_rows import DiagonalRows
 from lightning_soo.preconditioners.kronecker import KroneckerBlock, KroneckerStatistics
 
 if TYPE_CHECKING:

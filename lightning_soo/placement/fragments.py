@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -39,7 +40,7 @@ class Fragment:
                 f"fragment of {self.name!r}: [{self.start}, {self.stop}) is not inside its {numel} elements"
             )
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         return self.start == 0 and self.stop == math.prod(self.shape)
 

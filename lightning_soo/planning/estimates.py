@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from lightning_soo.optim import grafting
+from lightning_soo.optim.directions import TOGETHER
 from lightning_soo.optim.options import SONewOptions
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.stacking import LARGEST_STACK
@@ -207,14 +208,16 @@ def _memory(optimizer: PlannedOptimizer, plan: Plan, elements: ByRank) -> dict[s
             for parameter, spec in zip(plan.parameters, specs, strict=True)
         ]
         statistics += elements @ np.array(bands, dtype=np.float64)
-    largest = np.array([row.max(initial=0.0) for row in elements * widths])
+    held_of = elements * widths
+    together = np.minimum(held_of.sum(axis=1), TOGETHER * widths.max(initial=0))
+    scratch = np.maximum(held_of.max(axis=1, initial=0.0), together)
     return {
         "parameters": elements @ widths,
         "moments": elements @ moments + np.array(own, dtype=np.float64),
         "statistics": statistics,
         "roots": np.array(held, dtype=np.float64),
         "exchange buffers": np.full(plan.ranks, float(plan.buffer_bytes)),
-        "scratch": largest,
+        "scratch": scratch,
     }
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lightning_soo import SOAP, Shampoo
-from lightning_soo.optim.diagonal_rows import DiagonalRows
 from lightning_soo.placement.blocks import BlockRules, partition
 from lightning_soo.placement.fragments import Fragment
 from lightning_soo.placement.layout import FragmentTable
+from lightning_soo.preconditioners.diagonal_rows import DiagonalRows
 
 ROWS, COLUMNS, EPS = 12, 4, 1e-8
 

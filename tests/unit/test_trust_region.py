@@ -91,7 +91,7 @@ def test_network_step_by_step_as_scipy(micro_batches: int) -> None:
         assert float(loss) == pytest.approx(GOLDEN["mlp/losses"][index], abs=1e-12)
         few = optimizer.last.cg_iterations <= most
         short += few
-        assert (flat(model) - end).abs().max() < (1e-8 if few else 1e-3)
+        assert (flat(model) - end).abs().max() < (1e-7 if few else 1e-3)  # 6e-9 to 1.2e-8, by processor
     assert short >= 10
 
 
