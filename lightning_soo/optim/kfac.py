@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_soo.dtypes import parse_dtype
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.layered import LayeredOptimizer
-from lightning_soo.optim.options import parameter_group, parse_dtype
+from lightning_soo.optim.options import parameter_group
 from lightning_soo.optim.shampoo import Params
 from lightning_soo.refresh.schedule import Interval, first_refresh
 from lightning_soo.refresh.workers import WorkerOptions
@@ -156,7 +157,7 @@ class KFAC(LayeredOptimizer):
             max_preconditioner_dim=max_preconditioner_dim,
             statistics_ranks=statistics_ranks,
             statistics_positions=statistics_positions,
-            gram_dtype=parse_dtype(gram_dtype),
+            gram_dtype=parse_dtype("gram_dtype", gram_dtype),
             input_shapes=tuple((name, (int(a), int(b))) for name, (a, b) in (input_shapes or {}).items()),
             grafting=grafting,
             moves_the_rest=moves_the_rest,

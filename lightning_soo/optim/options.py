@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_soo.checks import require_choice, require_whole_number
+from lightning_soo.dtypes import parse_dtype
 from lightning_soo.naming import nearest
 from lightning_soo.placement.blocks import Block, BlockRules
 from lightning_soo.placement.chains import CHAINS
@@ -100,7 +101,9 @@ class ShampooOptions:
         return cls(
             overrides=tuple(Override.from_mapping(entry) for entry in overrides or ()),
             workers=WorkerOptions.parse(workers),
-            compute_dtype=AUTOMATIC if compute_dtype == AUTOMATIC else parse_dtype(compute_dtype),
+            compute_dtype=AUTOMATIC
+            if compute_dtype == AUTOMATIC
+            else parse_dtype("compute_dtype", compute_dtype, [AUTOMATIC]),
             precondition_frequency=interval,
             statistics_frequency=statistics_frequency,
             statistics_follow_interval=follow,
@@ -251,19 +254,6 @@ def parameter_group(
         "dampening": dampening,
         "nesterov": nesterov,
     }
-
-
-def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    """``torch.bfloat16``, ``"bfloat16"`` or ``"torch.bfloat16"``."""
-    names = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(value, str):
-        name = value.removeprefix("torch.")
-        if name not in names:
-            raise ValueError(f"compute_dtype={value!r}{nearest(name, [*names, AUTOMATIC])}")
-        return names[name]
-    if value is not None and value not in names.values():
-        raise ValueError(f"compute_dtype={value!r}: choose one of {', '.join(names)}, or {AUTOMATIC!r}")
-    return value
 
 
 def validate_group(group: Mapping[str, Any], where: str) -> None:

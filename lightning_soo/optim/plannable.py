@@ -165,7 +165,18 @@ class PlannableOptimizer(torch.optim.Optimizer):
         engine = self._layout.engine if self._layout is not None else "dense"
         if engine == "dense":
             engine = "ddp" if plan.ranks > 1 else "single"
-        table = plan_table(plan, engine=engine, method=self.method, graft=self.options.fallback or "sgd")
+        return self.table_of(plan, engine)
+
+    def table_of(self, plan: Plan, engine: str) -> str:
+        """Args: engine: what the table calls it."""
+        options = self.options
+        table = plan_table(
+            plan,
+            engine=engine,
+            method=self.method,
+            graft=options.fallback or "sgd",
+            has_diagonal_rows=options.has_diagonal_rows,
+        )
         return f"{table}\n{self.without_traffic(plan)}" if plan.exchange_bytes else table
 
     def without_traffic(self, plan: Plan) -> str:

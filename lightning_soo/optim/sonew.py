@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_soo.dtypes import parse_dtype
 from lightning_soo.naming import suggest_names
 from lightning_soo.optim.banded import BandedOptimizer
-from lightning_soo.optim.options import SONewOptions, adam_group, parse_dtype
+from lightning_soo.optim.options import SONewOptions, adam_group
 from lightning_soo.optim.shampoo import Params
 
 
@@ -88,7 +89,7 @@ class SONew(BandedOptimizer):
             relative_eps=relative_eps,
             use_bias_correction=use_bias_correction,
             start_preconditioning_step=start_preconditioning_step,
-            band_dtype=parse_dtype(statistics_dtype),
+            band_dtype=parse_dtype("statistics_dtype", statistics_dtype),
             nonfinite=nonfinite,
             collective_timeout=collective_timeout,
             overrides=overrides,

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.plan import Plan, PlannedParameter
 
 _HEADER = ("parameter", "shape", "engine", "method", "blocks", "home", "refresher", "state", "note")
 
 
-def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
+def plan_table(
+    plan: Plan,
+    *,
+    engine: str,
+    method: str,
+    graft: str,
+    has_diagonal_rows: Callable[[Block], bool] = lambda block: False,
+) -> str:
     """Render the plan.
 
     Args:
         graft: what moves the parameters that are not preconditioned.
+        has_diagonal_rows: whether a block's first dimension, which has no matrix, has a diagonal preconditioner.
     """
     groups: dict[tuple[object, ...], list[PlannedParameter]] = {}
     for parameter in plan.parameters:
@@ -34,7 +43,7 @@ def plan_table(plan: Plan, *, engine: str, method: str, graft: str) -> str:
                 "x".join(map(str, first.spec.shape)) or "scalar",
                 engine,
                 method if first.is_preconditioned else graft if first.spec.requires_grad else "-",
-                _blocks_text(first),
+                _blocks_text(first, has_diagonal_rows),
                 _homes_text(plan, members),
                 _numbers(owners),
                 format_bytes(held) if held else "-",
@@ -106,13 +115,16 @@ def _numbers(values: Sequence[int]) -> str:
     return ",".join(map(str, values)) or "-"
 
 
-def _blocks_text(parameter: PlannedParameter) -> str:
+def _blocks_text(parameter: PlannedParameter, has_diagonal_rows: Callable[[Block], bool]) -> str:
     if parameter.chain is not None:
         return f"chains of {parameter.chain}"
     if not parameter.units:
         return "-"
+    first = parameter.units[0].block
     shapes = sorted({unit.block.shape for unit in parameter.units}, reverse=True)
-    sides = "" if len(parameter.units[0].block.dims) == len(shapes[0]) else f" dims {parameter.units[0].block.dims}"
+    sides = "" if len(first.dims) == len(shapes[0]) else f" dims {first.dims}"
+    if has_diagonal_rows(first):
+        sides += ", diagonal rows"
     largest = max(parameter.units, key=lambda unit: unit.block.shape).block
     factors = f", factors of {max(largest.orders)}" if largest.has_several else ""
     return f"{len(parameter.units)} of {'x'.join(map(str, shapes[0]))}{sides}{factors}"

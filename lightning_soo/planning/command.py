@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_soo.config import ENVIRONMENT_VARIABLE, Config, from_config, load_config
+from lightning_soo.dtypes import parse_dtype
 from lightning_soo.linalg.product_rates import MUCH_FASTER, bfloat16_gain
-from lightning_soo.optim.options import parse_dtype
 from lightning_soo.optim.planned import PlannedOptimizer
 from lightning_soo.optim.takeover import METHODS
 from lightning_soo.placement.costs import product_flops
@@ -121,14 +121,7 @@ def _model(given: argparse.Namespace) -> nn.Module:
         raise ValueError(
             f"--model-options {given.model_options}: expected an object, such as '{{\"vocab_size\": 1000}}'"
         )
-    return build_model(given.model, options, _dtype(given))
-
-
-def _dtype(given: argparse.Namespace) -> torch.dtype | None:
-    try:
-        return parse_dtype(given.dtype)
-    except ValueError as error:
-        raise ValueError(str(error).replace("compute_dtype=", "--dtype ").replace(", or 'auto'", "")) from None
+    return build_model(given.model, options, parse_dtype("--dtype", given.dtype))
 
 
 def _config(given: argparse.Namespace) -> Config:
@@ -164,6 +157,6 @@ def _machine(given: argparse.Namespace, optimizer: PlannedOptimizer, plan: Plan)
     if given.measure:
         # of the block with the most work
         largest = max(plan.units, key=lambda unit: product_flops(unit.block), default=None)
-        dtype = _dtype(given) or torch.float32
+        dtype = parse_dtype("--dtype", given.dtype) or torch.float32
         return measured(machine, optimizer.root_dtype(dtype, largest.block) if largest else dtype)
     return machine

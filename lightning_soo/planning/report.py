@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_soo.optim.planned import PlannedOptimizer
-from lightning_soo.placement.table import format_bytes, plan_table
+from lightning_soo.placement.table import format_bytes
 from lightning_soo.planning.advice import Refreshes, traffic, uneven_statistics
 from lightning_soo.planning.estimates import ByRank, Estimate, refresh_seconds
 from lightning_soo.planning.machine import Machine
@@ -120,10 +120,9 @@ class Report:
 
     def text(self) -> str:
         """The same in words, with the plan's table."""
-        options, plan, found = self.optimizer.options, self.found.plan, self.found
+        plan, found = self.found.plan, self.found
         lines = [
-            plan_table(plan, engine=self.engine, method=self.optimizer.method, graft=options.fallback or "sgd"),
-            *([self.optimizer.without_traffic(plan)] if plan.exchange_bytes else []),
+            self.optimizer.table_of(plan, self.engine),
             "",
             f"{self.optimizer.method} on {plan.ranks} rank{'s' * (plan.ranks > 1)}, {self.engine}"
             + (f", {plan.table.shards} to a copy of the model" if 1 < plan.table.shards < plan.ranks else ""),

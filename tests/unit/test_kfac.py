@@ -607,6 +607,7 @@ def test_takes_over(kind: type[torch.optim.Optimizer]) -> None:
         ({"factor_decay": 1.0}, "factor_decay=1.0"),
         ({"fisher": "monte-carlo"}, "fisher='monte-carlo'"),
         ({"approximation": "sum"}, "approximation='sum'"),
+        ({"gram_dtype": "int8"}, "gram_dtype='int8'; choose one of 'float32'"),
         ({"overrides": [{"match": "x", "max_preconditioner_dim": 8}]}, "'max_preconditioner_dim' does not apply"),
     ],
 )

@@ -79,6 +79,17 @@ def test_layers_with_other_factors_have_a_row_of_their_own() -> None:
     assert len(rows) == 2 and [("factors of 16" in row, "(3)" in row) for row in rows] == [(False, True), (True, False)]
 
 
+def test_table_says_which_side_is_diagonal() -> None:
+    specs = [
+        ParameterSpec(name="embed", shape=(100, 4), module_classes=("Embedding",)),
+        ParameterSpec(name="w", shape=(4, 4)),
+    ]
+    plan = build_plan(specs, BlockRules())
+    table = plan_table(plan, engine="e", method="m", graft="g", has_diagonal_rows=lambda block: block.has_free_rows)
+    embed, weight = (next(line for line in table.splitlines() if line.startswith(name)) for name in ("embed", "w "))
+    assert "1 of 100x4 dims (1,), diagonal rows" in embed and "diagonal" not in weight
+
+
 def test_overrides() -> None:
     specs = [
         ParameterSpec(name="embed.weight", shape=(10, 4), module_classes=("Embedding",)),

@@ -313,7 +313,7 @@ def test_the_command_prints_tables_and_data(capsys: pytest.CaptureFixture[str]) 
         (["--model", HERE, "--latency", "inf"], "latency=inf: must be at least 0, and finite"),
         (["--model", HERE, "--bandwidth", "-5"], "--bandwidth -5: must be above 0"),
         (["--model", HERE, "--sub-group-size", "0"], "--sub-group-size 0: must be at least 1"),
-        (["--model", HERE, "--dtype", "auto"], "--dtype 'auto'"),
+        (["--model", HERE, "--dtype", "auto"], "--dtype='auto'; choose one of 'float32'"),
         (["--model", f"{__name__}:fails"], "fails: RuntimeError: no such data here"),
         (["--model", f"{__name__}:lazy"], "parameter 'weight' has no shape yet"),
         (["--model", "llama", "--model-options", '{"hidden_size": 10, "num_attention_heads": 3}'], "llama: "),

@@ -134,6 +134,7 @@ def test_state_and_table() -> None:
         ({"bandwidth": -1}, "bandwidth=-1"),
         ({"chain": "rows"}, "did you mean 'row'"),
         ({"gamma": 1.0}, "gamma=1.0"),
+        ({"statistics_dtype": "bfloat"}, "statistics_dtype='bfloat'; did you mean 'bfloat16'"),
         ({"overrides": [{"match": "linear", "merge_dims": "none"}]}, "'linear': 'merge_dims' does not apply to chains"),
     ):
         with pytest.raises(ValueError, match=message):
