@@ -170,7 +170,7 @@ def contenders(variants: Sequence[str] = ("ours, defaults",), **given: Any) -> l
             "pytorch_optimizer ScalableShampoo, every 10",
             "pytorch_optimizer.ScalableShampoo",
             lambda module, model, lr, options: module.ScalableShampoo(model.parameters(), lr=lr, **options),
-            start=1e-3,
+            start=1e-2,  # as SGD's, its graft
             packages=["pytorch_optimizer"],
             betas=BETAS,
             start_preconditioning_step=1,
