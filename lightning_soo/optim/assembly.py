@@ -33,22 +33,33 @@ class Assembly:
     def arrive(
         self, part: int, wanted: Callable[[Member], bool], sources: Sequence[Source]
     ) -> Iterator[tuple[Any, ...]]:
-        """Yield each bucket and, for each source, the units that have their home here, assembled, by key.
+        """Send the first bucket, and return what yields each bucket and, for each source, the units that have their
+        home here, assembled, by key. What is done between the two happens while the first bucket is under way.
 
         Args:
             wanted: whether a member's units are needed; the same on all ranks. A bucket without any is left out.
             sources: a member's local elements to send, contiguous; None sends zeros.
         """
-        under_way: tuple[Bucket, list[Arriving]] | None = None
-        for bucket in self._buckets.get(part, ()):
-            if not any(wanted(self._members[traveller.parameter]) for traveller in bucket.travellers):
-                continue
-            following = bucket, [self._send(bucket, source) for source in sources]
-            if under_way is not None:
-                yield self._assembled(*under_way)
-            under_way = following
-        if under_way is not None:
+        buckets = iter(
+            [
+                bucket
+                for bucket in self._buckets.get(part, ())
+                if any(wanted(self._members[traveller.parameter]) for traveller in bucket.travellers)
+            ]
+        )
+        return self._arriving(self._next(buckets, sources), buckets, sources)
+
+    def _arriving(
+        self, under_way: tuple[Bucket, list[Arriving]] | None, buckets: Iterator[Bucket], sources: Sequence[Source]
+    ) -> Iterator[tuple[Any, ...]]:
+        while under_way is not None:
+            following = self._next(buckets, sources)
             yield self._assembled(*under_way)
+            under_way = following
+
+    def _next(self, buckets: Iterator[Bucket], sources: Sequence[Source]) -> tuple[Bucket, list[Arriving]] | None:
+        bucket = next(buckets, None)
+        return None if bucket is None else (bucket, [self._send(bucket, source) for source in sources])
 
     def _assembled(self, bucket: Bucket, arriving: Sequence[Arriving]) -> tuple[Any, ...]:
         return bucket, *(self._assemble(bucket, each) for each in arriving)

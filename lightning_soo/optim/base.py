@@ -162,6 +162,11 @@ class SecondOrderOptimizer(DirectedOptimizer):
         self._refresher.background.fence()
         self._watch_signal(members)
         interval = self.steps - self._refresher.schedule.observed_before(self.steps)
+
+        def source(member: Member) -> Tensor | None:
+            return member.gradient if member.magnitude > 0 else None
+
+        arriving = self._assembly.arrive(part, lambda member: member.magnitude > 0, [source])
         for member in members:
             decay, weight = member.weights(interval)
             for block in member.blocks:
@@ -172,11 +177,7 @@ class SecondOrderOptimizer(DirectedOptimizer):
                 block.observe(
                     member.view(gradient, block.block.ranges), decay=decay, weight=weight, magnitude=member.magnitude
                 )
-
-        def source(member: Member) -> Tensor | None:
-            return member.gradient if member.magnitude > 0 else None
-
-        for bucket, units in self._assembly.arrive(part, lambda member: member.magnitude > 0, [source]):
+        for bucket, units in arriving:
             for traveller in bucket.travellers:
                 member = self._members[traveller.parameter]
                 if traveller.key not in units or not member.magnitude > 0:

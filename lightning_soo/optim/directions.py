@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,9 @@ class DirectedOptimizer(StatefulOptimizer):
         # in the members' order, which is that of all ranks
         grafts = {key: value for member in members for key, value in squares.get(id(member), {}).items()}
         moving = [(member, filtered_of[id(member)]) for member in members if id(member) in filtered_of]
+        arriving = self._send_travellers(part, filtered_of)
         self._precondition_whole_blocks(moving)
-        self._precondition_travellers(part, filtered_of)
+        self._precondition_travellers(arriving, filtered_of)
         self._scale_rows([member for member, _ in moving if member.rows is not None])
         self._graft([member for member in members if member.is_ready and member.graft is not None], grafts)
         for member, parts in left_to_graft:
@@ -121,23 +123,29 @@ class DirectedOptimizer(StatefulOptimizer):
         if not in_place:
             member.gradient.copy_(target)
 
-    def _precondition_travellers(self, part: int, filtered_of: dict[int, Tensor]) -> None:
-        """Blocks in pieces: assembled at their homes, and their directions brought back."""
-        assert self._assembly is not None and self._refresher is not None
+    def _send_travellers(self, part: int, filtered_of: Mapping[int, Tensor]) -> Iterator[tuple[Any, ...]]:
+        """Blocks in pieces: begin to bring them to their homes."""
+        assert self._assembly is not None
 
         def moves(member: Member) -> bool:
-            return member.magnitude > 0 and member.is_ready
+            return id(member) in filtered_of
+
+        sources: list[Source] = [lambda member: filtered_of.get(id(member))]
+        if self.block_class.needs_gradient:
+            sources.append(lambda member: member.gradient if moves(member) else None)
+        return self._assembly.arrive(part, moves, sources)
+
+    def _precondition_travellers(self, arriving: Iterator[tuple[Any, ...]], filtered_of: Mapping[int, Tensor]) -> None:
+        """Precondition them as they arrive, and bring their directions back."""
+        assert self._assembly is not None and self._refresher is not None
 
         def target(member: Member) -> Tensor:
             return member.gradient
 
-        sources: list[Source] = [lambda member: filtered_of.get(id(member))]
-        if self.block_class.needs_gradient:
-            sources.append(lambda member: member.gradient if id(member) in filtered_of else None)
-        for bucket, *units in self._assembly.arrive(part, moves, sources):
+        for bucket, *units in arriving:
             here = {t.key: self._members[t.parameter] for t in bucket.travellers if t.key in units[0]}
             stacks = self._stacks.of_units(bucket, [(self._refresher.blocks[key], m) for key, m in here.items()])
-            moving = {key: member for key, member in here.items() if moves(member)}
+            moving = {key: member for key, member in here.items() if id(member) in filtered_of}
             self._assembly.give_back(bucket, self._directions_of(moving, stacks, units), target)
         self._assembly.finish(target)
 

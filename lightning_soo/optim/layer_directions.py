@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,30 +76,23 @@ class LayerDirections(SecondOrderOptimizer):
         self._clip(part, [member for member in members if member.is_ready and member.graft is None])
 
     def _precondition_whole_blocks(self, moving: Sequence[tuple[Member, Tensor]]) -> None:
-        """Nothing by itself: a weight waits for its bias."""
-
-    def _precondition_travellers(self, part: int, filtered_of: dict[int, Tensor]) -> None:
-        moving = {member.name: member for member in self._members if id(member) in filtered_of}
-        self._precondition_here({name: (member, filtered_of[id(member)]) for name, member in moving.items()})
-        self._precondition_pieces(part, moving, filtered_of)
-
-    def _precondition_here(self, moving: Mapping[str, tuple[Member, Tensor]]) -> None:
         """Layers that lie completely in this rank's fragments."""
+        members = {member.name: member for member, _ in moving}
         assert self._plan is not None and self._refresher is not None
-        sources = {name: filtered.contiguous() for name, (_, filtered) in moving.items()}
-        targets = {name: member.gradient.contiguous() for name, (member, _) in moving.items()}
+        sources = {member.name: filtered.contiguous() for member, filtered in moving}
+        targets = {name: member.gradient.contiguous() for name, member in members.items()}
         for unit in self._plan.units:
             if unit.place.travels or self._transport.rank not in unit.homes:
                 continue
             block = self._refresher.blocks[unit.key]
             assert isinstance(block, LayerFactorsBlock)
             bias = block.layer.bias
-            if block.block.parameter not in moving and (bias is None or bias.parameter not in moving):
+            if block.block.parameter not in members and (bias is None or bias.parameter not in members):
                 continue
 
             def view(box: Block, tensors: Mapping[str, Tensor]) -> Tensor | None:
                 name = box.parameter
-                return moving[name][0].view(tensors[name], box.ranges) if name in moving else None
+                return members[name].view(tensors[name], box.ranges) if name in members else None
 
             weight = view(block.block, sources)
             of_bias = view(bias, sources) if bias is not None else None
@@ -107,21 +101,19 @@ class LayerDirections(SecondOrderOptimizer):
                 target = view(box, targets) if box is not None else None
                 if target is not None and direction is not None:
                     target.copy_(direction)
-        for name, (member, _) in moving.items():
+        for name, member in members.items():
             if targets[name] is not member.gradient:
                 member.gradient.copy_(targets[name])
 
-    def _precondition_pieces(self, part: int, moving: Mapping[str, Member], filtered_of: Mapping[int, Tensor]) -> None:
-        """Layers in pieces: assembled at their homes, and their directions brought back."""
+    def _precondition_travellers(self, arriving: Iterator[tuple[Any, ...]], filtered_of: Mapping[int, Tensor]) -> None:
+        """Layers in pieces, whose directions are brought back."""
         assert self._refresher is not None and self._assembly is not None
-
-        def moves(member: Member) -> bool:
-            return member.name in moving
+        moving = {member.name for member in self._members if id(member) in filtered_of}
 
         def target(member: Member) -> Tensor:
             return member.gradient
 
-        for bucket, units in self._assembly.arrive(part, moves, [lambda member: filtered_of.get(id(member))]):
+        for bucket, units in arriving:
             directions: dict[str, Tensor] = {}
             for traveller in bucket.travellers:
                 block = self._refresher.blocks.get(traveller.key)
