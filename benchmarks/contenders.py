@@ -165,7 +165,7 @@ def contenders(variants: Sequence[str] = ("ours, defaults",), **given: Any) -> l
             max_precond_dim=1024,
             use_precond_schedule=False,
         ),
-        *_peer("HeavyBall PSGDKron", "heavyball.PSGDKron", _heavyball, packages=["heavyball"], **adamw),
+        *_peer("HeavyBall PSGDKron", "heavyball.PSGDKron", _heavyball, start=1e-3, packages=["heavyball"], **adamw),
         *_peer(
             "pytorch_optimizer ScalableShampoo, every 10",
             "pytorch_optimizer.ScalableShampoo",
