@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_soo.optim.exchange_buffers import ExchangeBuffers
 from lightning_soo.optim.members import Member
 from lightning_soo.placement.boxes import Box, slices, volume, within
 from lightning_soo.placement.exchange import Bucket, Traveller
@@ -28,6 +28,7 @@ class Assembly:
         self._members = members
         self.transport = transport
         self._returning: tuple[Bucket, Arriving] | None = None
+        self._buffers = ExchangeBuffers()
         self._layouts: dict[tuple[int, bool], list[tuple[Traveller, Box, int]]] = {}
 
     def arrive(
@@ -40,7 +41,7 @@ class Assembly:
             wanted: whether a member's units are needed; the same on all ranks. A bucket without any is left out.
             sources: a member's local elements to send, contiguous; None sends zeros.
         """
-        buckets = iter(
+        buckets = enumerate(
             [
                 bucket
                 for bucket in self._buckets.get(part, ())
@@ -50,16 +51,24 @@ class Assembly:
         return self._arriving(self._next(buckets, sources), buckets, sources)
 
     def _arriving(
-        self, under_way: tuple[Bucket, list[Arriving]] | None, buckets: Iterator[Bucket], sources: Sequence[Source]
+        self,
+        under_way: tuple[Bucket, list[Arriving]] | None,
+        buckets: Iterator[tuple[int, Bucket]],
+        sources: Sequence[Source],
     ) -> Iterator[tuple[Any, ...]]:
         while under_way is not None:
             following = self._next(buckets, sources)
             yield self._assembled(*under_way)
             under_way = following
 
-    def _next(self, buckets: Iterator[Bucket], sources: Sequence[Source]) -> tuple[Bucket, list[Arriving]] | None:
-        bucket = next(buckets, None)
-        return None if bucket is None else (bucket, [self._send(bucket, source) for source in sources])
+    def _next(
+        self, buckets: Iterator[tuple[int, Bucket]], sources: Sequence[Source]
+    ) -> tuple[Bucket, list[Arriving]] | None:
+        number, bucket = next(buckets, (0, None))
+        if bucket is None:
+            return None
+        # two are under way at a time
+        return bucket, [self._send(bucket, source, f"{number % 2}, {each}") for each, source in enumerate(sources)]
 
     def _assembled(self, bucket: Bucket, arriving: Sequence[Arriving]) -> tuple[Any, ...]:
         return bucket, *(self._assemble(bucket, each) for each in arriving)
@@ -73,14 +82,18 @@ class Assembly:
         """
         self.finish(target)
         place = self.transport.rank
-        flat = torch.zeros(sum(bucket.received(place)), dtype=bucket.dtype, device=self._device(bucket))
-        for traveller, box, start in self._layout(bucket, home=place):
-            result = results.get(traveller.key)
-            if result is not None:
-                piece = result[slices(within(box, traveller.box))]
-                flat[start : start + volume(box)].view(piece.shape).copy_(piece)
         sent, received = bucket.received(place), bucket.sent(place)
-        self._returning = bucket, self.transport.start_exchange(flat, sent, received, "the directions of cut blocks")
+        flat = self._buffer(bucket, "directions sent", sent)
+        for traveller, box, start in self._layout(bucket, home=place):
+            result, piece = results.get(traveller.key), flat[start : start + volume(box)]
+            if result is None:
+                piece.zero_()
+            else:
+                found = result[slices(within(box, traveller.box))]
+                piece.view(found.shape).copy_(found)
+        into = self._buffer(bucket, "directions received", received)
+        arriving = self.transport.start_exchange(flat, sent, received, "the directions of cut blocks", into)
+        self._returning = bucket, arriving
 
     def finish(self, target: Callable[[Member], Tensor]) -> None:
         """Wait for what was given back last."""
@@ -95,17 +108,20 @@ class Assembly:
                 view = member.view(target(member), box)
                 view.copy_(flat[start : start + volume(box)].view(view.shape))
 
-    def _send(self, bucket: Bucket, source: Source) -> Arriving:
+    def _send(self, bucket: Bucket, source: Source, which: str) -> Arriving:
         place = self.transport.rank
-        sent = bucket.sent(place)
-        flat = torch.zeros(sum(sent), dtype=bucket.dtype, device=self._device(bucket))
+        sent, received = bucket.sent(place), bucket.received(place)
+        flat = self._buffer(bucket, f"sent {which}", sent)
         for traveller, box, start in self._layout(bucket, sender=place):
             member = self._members[traveller.parameter]
-            local = source(member)
-            if local is not None:
+            local, piece = source(member), flat[start : start + volume(box)]
+            if local is None:
+                piece.zero_()
+            else:
                 view = member.view(local, box)
-                flat[start : start + volume(box)].view(view.shape).copy_(view)
-        return self.transport.start_exchange(flat, sent, bucket.received(place), "the gradients of cut blocks")
+                piece.view(view.shape).copy_(view)
+        into = self._buffer(bucket, f"received {which}", received)
+        return self.transport.start_exchange(flat, sent, received, "the gradients of cut blocks", into)
 
     def _assemble(self, bucket: Bucket, arriving: Arriving) -> dict[str, Tensor]:
         flat = arriving.wait()
@@ -138,5 +154,6 @@ class Assembly:
         self._layouts[key] = found
         return found
 
-    def _device(self, bucket: Bucket) -> torch.device:
-        return self._members[bucket.travellers[0].parameter].parameter().device
+    def _buffer(self, bucket: Bucket, purpose: str, sizes: Sequence[int]) -> Tensor:
+        device = self._members[bucket.travellers[0].parameter].parameter().device
+        return self._buffers.take(purpose, sum(sizes), bucket.dtype, device)

@@ -147,12 +147,16 @@ class Transport:
             self._wait(handle, purpose, "broadcast")
             tensor.copy_(moved)
 
-    def start_exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Arriving:
+    def start_exchange(
+        self, send: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str, into: Tensor | None = None
+    ) -> Arriving:
         """Give every rank its part of one flat buffer and get its own part from each, once waited for.
 
         Args:
             send: one-dimensional; the parts for rank 0, 1, ... end to end.
             sent, received: elements for and from each rank, known to all from the plan; may be zero.
+            into: where to put what arrives, ``sum(received)`` elements, if it lies where collectives take place; fresh
+                memory otherwise. On one rank what is sent has arrived.
 
         Raises:
             TransportError: a buffer of another size, before anything is sent.
@@ -164,9 +168,10 @@ class Transport:
         self.calls["all_to_all"] += 1
         self.sent[purpose] += (sum(sent) - sent[self.rank]) * send.element_size()
         source = send.to(self._device)
-        target = torch.empty(sum(received), dtype=send.dtype, device=self._device)
-        handle = dist.all_to_all_single(target, source, list(received), list(sent), group=self._group, async_op=True)
-        return Arriving(target, send.device, handle, self._waiting, what)
+        if into is None or into.device != self._device:
+            into = torch.empty(sum(received), dtype=send.dtype, device=self._device)
+        handle = dist.all_to_all_single(into, source, list(received), list(sent), group=self._group, async_op=True)
+        return Arriving(into, send.device, handle, self._waiting, what)
 
     def start_broadcast_from_owners(self, sizes: Sequence[int], own: Tensor | None, purpose: str) -> Pending:
         """Every rank gives one flat byte buffer and gets all of them, once the result is waited for.
