@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -44,17 +46,42 @@ def run_cases(cases: Sequence[Callable[[int], None]]) -> None:
     leave()
 
 
+def run_bounded(
+    command: Sequence[str], *, seconds: float, env: Mapping[str, str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a launcher and what it starts to the end; what takes longer fails with every process's Python stacks."""
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**env, "PYTHONFAULTHANDLER": "1"},
+    )
+    try:
+        output, errors = started.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        ranks = psutil.Process(started.pid).children(recursive=True)
+        for rank in ranks:
+            rank.send_signal(signal.SIGABRT)
+        for rank in psutil.wait_procs(ranks, timeout=10)[1]:
+            rank.kill()
+        started.kill()
+        output, errors = started.communicate()
+        raise AssertionError(
+            f"{' '.join(command)}: longer than {seconds:g} s\n{output[-4000:]}\n{errors[-20000:]}"
+        ) from None
+    return subprocess.CompletedProcess(command, started.returncode, output, errors)
+
+
 def torchrun(program: str | Path, ranks: int, *arguments: object, timeout: float = 240.0) -> None:
     """Run ``program`` in ``ranks`` processes, one BLAS thread each; fails with the end of their output."""
-    run = subprocess.run(
+    run = run_bounded(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
             *(str(program), *map(str, arguments)),
         ],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        seconds=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": TESTS},
-        check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import TESTS
+from launching import TESTS, run_bounded
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 LAUNCH = RECIPES / "launch"
@@ -36,14 +36,11 @@ def launch(
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` to its end."""
-    return subprocess.run(
+    return run_bounded(
         launch_command(file, *program, options=options),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=folder,
+        seconds=200,
         env=environment_of(**environment),
-        check=False,
+        folder=folder,
     )
 
 

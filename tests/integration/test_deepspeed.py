@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from launched_programs import DEEPSPEED_LAUNCH, free_port
-from launching import TESTS
+from launching import TESTS, run_bounded
 from torch import nn
 
 pytest.importorskip("deepspeed")
@@ -37,14 +37,11 @@ Run = tuple[dict[str, torch.Tensor], list[float]]
 def launch(*program: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """DeepSpeed's own launcher: two processes on CPUs."""
     inherited = {name: value for name, value in os.environ.items() if name != "SOO_CONFIG"}
-    return subprocess.run(
+    return run_bounded(
         [sys.executable, *DEEPSPEED_LAUNCH, "--master_port", str(free_port()), *map(str, program)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        seconds=300,
         env={**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": TESTS},
-        check=False,
+        folder=cwd,
     )
 
 

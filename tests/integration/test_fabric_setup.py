@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import TESTS
+from launching import TESTS, run_bounded
 from lightning.fabric import Fabric
 from torch import nn
 
@@ -32,13 +31,10 @@ def test_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("click")
     script = [Path(__file__).parent / "fabric_script.py", "--", tmp_path, LINE, "ddp", "soo_fsdp2"]
     command = ["-m", "lightning.fabric.cli", "--accelerator", "cpu", "--devices", "2", "--main-port", "29417"]
-    run = subprocess.run(
+    run = run_bounded(
         [sys.executable, *command, *map(str, script)],
-        capture_output=True,
-        text=True,
-        timeout=150,
+        seconds=150,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS},
-        check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     table = [line.split() for line in (run.stdout + run.stderr).splitlines() if line.startswith("net.0.weight")]

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from launching import TESTS
+from launching import TESTS, run_bounded
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,13 +97,10 @@ def test_what_the_variable_says_wrong(monkeypatch: pytest.MonkeyPatch, value: st
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("SOO_LIGHTNING", "MASTER_PORT")}
-    return subprocess.run(
+    return run_bounded(
         [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=150,
+        seconds=150,
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": TESTS, **environment},
-        check=False,
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import TESTS
+from launching import TESTS, run_bounded
 from torch import Tensor, nn
 
 import lightning_soo
@@ -114,13 +113,10 @@ def test_an_unmodified_script_in_two_processes(tmp_path: Path, engine: str) -> N
     said["OTHER_CHECKPOINT"] = str(tmp_path / "alone" / "checkpoint-4")
     program = ["-m", "lightning_soo.launch", str(HERE / "transformers_script.py")]
     inherited = {name: value for name, value in os.environ.items() if name not in ("SOO_CONFIG", "ACCELERATE_USE_CPU")}
-    run = subprocess.run(
+    run = run_bounded(
         [sys.executable, "-m", *starter, *options, *program, *command_line(tmp_path, **settings)],
-        capture_output=True,
-        text=True,
-        timeout=200,
+        seconds=200,
         env={**inherited, **said, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": TESTS},
-        check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     expected = plain_loop(CONFIGS[method])
