@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -63,11 +64,15 @@ def run_bounded(
     except subprocess.TimeoutExpired:
         ranks = psutil.Process(started.pid).children(recursive=True)
         for rank in ranks:
-            rank.send_signal(signal.SIGABRT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGABRT)
         for rank in psutil.wait_procs(ranks, timeout=10)[1]:
             rank.kill()
         started.kill()
-        output, errors = started.communicate()
+        try:
+            output, errors = started.communicate(timeout=10)
+        except subprocess.TimeoutExpired as held:  # by what its launcher has left behind; these are bytes
+            output, errors = ((part or b"").decode(errors="replace") for part in (held.output, held.stderr))
         raise AssertionError(
             f"{' '.join(command)}: longer than {seconds:g} s\n{output[-4000:]}\n{errors[-20000:]}"
         ) from None
