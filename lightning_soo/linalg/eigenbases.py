@@ -7,7 +7,7 @@ a fixed position, which depends on the space they span and not on how it was com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,11 @@ def eigenbases(matrices: Sequence[Array], *, tolerance: float) -> tuple[tuple[Ar
             f"a basis is not orthonormal: off by {residual:.2g}", {"condition_number": condition, "residual": residual}
         )
     return tuple(found), {"condition_number": condition, "residual": residual}
+
+
+def separate_bases(matrices: Sequence[Array], **options: Any) -> list[Mapping[str, Any]]:
+    """Options with which :func:`eigenbases` computes each basis alone."""
+    return [options] * len(matrices)
 
 
 def eigenbasis(matrix: Array, *, tolerance: float) -> tuple[Array, Array]:

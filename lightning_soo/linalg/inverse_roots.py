@@ -10,8 +10,11 @@ products; it takes over where LAPACK's ``eigh`` does not converge.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -245,6 +248,24 @@ def inverse_roots(
         "condition_number": max(one.condition_number for one in found),
         "residual": max(one.residual for one in found),
     }
+
+
+def separate_roots(
+    arrays: tuple[npt.NDArray[np.floating], ...], *, counts: list[int] | None = None, **options: Any
+) -> list[Mapping[str, Any]] | None:
+    """Options with which :func:`inverse_roots` takes each root alone.
+
+    Returns:
+        None where a root depends on other matrices: one is zero, not finite, or as small as its diagonal's ridge.
+    """
+    sizes = iter([float(np.abs(array).max(initial=0.0)) / options["divisor"] for array in arrays])
+    for count in counts if counts is not None else [1] * len(arrays):
+        side = [next(sizes) for _ in range(count)]
+        # twice the ridge: the comparison that counts is made of rounded quotients
+        least = 2.0 * options["eps"] * max(side) if options["relative_eps"] and count > 1 else 0.0
+        if not all(least < size < math.inf for size in side):
+            return None
+    return [options] * len(arrays)
 
 
 def _along_diagonal(matrices: list[Matrix], exponent: float, eps: float, relative_eps: bool) -> list[InverseRoot]:

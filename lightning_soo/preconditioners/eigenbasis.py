@@ -92,6 +92,7 @@ class EigenbasisBlock(KroneckerBlock):
         tolerance = max(self.block.orders) * torch.finfo(self.statistics_dtype).eps
         return Job(
             function="lightning_soo.linalg.eigenbases:eigenbases",
+            separate="lightning_soo.linalg.eigenbases:separate_bases",
             arrays=(),
             options={"tolerance": tolerance},
             result_bytes=sum(8 * matrix.numel() for matrix in statistics.matrices),

@@ -80,6 +80,7 @@ class KroneckerStatistics:
         """
         return Job(
             function="lightning_soo.linalg.inverse_roots:inverse_roots",
+            separate="lightning_soo.linalg.inverse_roots:separate_roots",
             arrays=(),
             options={
                 "divisor": correction * self.scale**2,

@@ -11,9 +11,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from typing import Protocol
 
-from lightning_soo.refresh.jobs import Job, JobResult, one_blas_thread, run_job
+from lightning_soo.refresh.jobs import Job, JobResult, join, one_blas_thread, pieces_of, run_job
 
 logger = logging.getLogger(__name__)
+_PIECES = 8  # deferred jobs of more than this part of a thread's share are cut, so that all threads end together
 
 
 class Executor(Protocol):
@@ -70,6 +71,30 @@ class InlineExecutor:
         self._results.clear()
 
 
+class _Parts:
+    """The futures of a job: one, or one for each of its pieces."""
+
+    def __init__(self) -> None:
+        self._futures: list[Future[JobResult]] = []
+
+    def add(self) -> Future[JobResult]:
+        self._futures.append(Future())
+        return self._futures[-1]
+
+    def done(self) -> bool:
+        return bool(self._futures) and all(future.done() for future in self._futures)
+
+    def cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
+
+    def result(self, timeout: float) -> JobResult:
+        """Raises: concurrent.futures.TimeoutError: a piece is not ready after ``timeout`` seconds."""
+        if wait(self._futures, timeout=timeout).not_done:
+            raise FutureTimeoutError
+        return join([future.result() for future in self._futures])
+
+
 class ThreadExecutor:
     """Daemon threads. LAPACK as numpy calls it releases the GIL, so training goes on while a root is computed.
 
@@ -77,7 +102,8 @@ class ThreadExecutor:
 
     Deferred jobs wait until the first result is asked for; then all that have come run at once, on every thread, while
     training waits. Where training itself uses all cores that is the cheaper way: products of several threads wait for
-    the slowest, so a job beside them costs several times its own time (two cores: 1.3 s in place of 0.5 s).
+    the slowest, so a job beside them costs several times its own time (two cores: 1.3 s in place of 0.5 s). Jobs that
+    are large beside the rest are cut into their matrices then, so that no thread works while the others have ended.
     """
 
     def __init__(self, count: int = 1, deadline: float = 120.0, *, deferred: bool = False) -> None:
@@ -85,15 +111,15 @@ class ThreadExecutor:
         self.kind = "deferred" if deferred else "thread"
         self._count = count
         self._deadline = deadline
-        self._waiting: list[tuple[Future[JobResult], Job]] = []  # deferred, and no result asked for yet
+        self._waiting: list[tuple[_Parts, Job]] = []  # deferred, and no result asked for yet
         self._queue: queue.SimpleQueue[tuple[Future[JobResult], Job] | None] = queue.SimpleQueue()
-        self._pending: dict[Hashable, tuple[Future[JobResult], Job]] = {}
+        self._pending: dict[Hashable, tuple[_Parts, Job]] = {}
         self._threads: list[threading.Thread] = []
         self.restarts = 0
 
     @property
     def queued(self) -> int:
-        return sum(not future.done() for future, _ in self._pending.values())
+        return sum(not parts.done() for parts, _ in self._pending.values())
 
     def poll(self) -> None:
         pass
@@ -109,23 +135,19 @@ class ThreadExecutor:
                 thread.start()
         one_blas_thread.acquire()
         job = replace(job, arrays=tuple(array.copy() for array in job.arrays))
-        future: Future[JobResult] = Future()
-        self._pending[key] = future, job
+        parts = _Parts()
+        self._pending[key] = parts, job
         if self.kind == "deferred":
-            self._waiting.append((future, job))
+            self._waiting.append((parts, job))
         else:
-            self._queue.put((future, job))
+            self._queue.put((parts.add(), job))
 
     def result(self, key: Hashable) -> JobResult:
-        future, job = self._pending.pop(key)
         if self._waiting:
-            started = sorted(self._waiting, key=lambda item: -item[1].cost)  # the longest first: all end together
-            self._waiting = []
-            for item in started:
-                self._queue.put(item)
-            wait([each for each, _ in started], timeout=self._deadline)  # of all: none is left beside training
+            self._run_waiting()
+        parts, job = self._pending.pop(key)
         try:
-            return future.result(timeout=self._deadline)
+            return parts.result(self._deadline)
         except FutureTimeoutError:
             logger.warning(
                 "refresh of %s not ready %.0f s after it was needed: computed in the training thread instead",
@@ -136,10 +158,23 @@ class ThreadExecutor:
         finally:
             one_blas_thread.release()
 
+    def _run_waiting(self) -> None:
+        """Run all deferred jobs and wait for them: none is left beside training."""
+        waiting, self._waiting = self._waiting, []
+        share = sum(job.cost for _, job in waiting) / self._count
+        started = [
+            (parts.add(), piece)
+            for parts, job in waiting
+            for piece in (pieces_of(job) if self._count > 1 and job.cost > share / _PIECES else [job])
+        ]
+        for item in sorted(started, key=lambda item: -item[1].cost):  # the longest first
+            self._queue.put(item)
+        wait([future for future, _ in started], timeout=self._deadline)
+
     def close(self) -> None:
         unfinished = len(self._pending)
-        for future, _ in self._pending.values():
-            future.cancel()
+        for parts, _ in self._pending.values():
+            parts.cancel()
         self._pending.clear()
         self._waiting.clear()
         for _ in self._threads:

@@ -10,8 +10,8 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
@@ -31,12 +31,16 @@ class Job:
         arrays: may be views of live statistics: whoever keeps them past ``submit`` copies them.
         options: plain numbers, booleans, strings, and lists of them.
         result_bytes: at least what the resulting arrays take, each rounded up to 8.
+        separate: ``"module:function"`` of ``(arrays, **options)``, which gives the options with which ``function``
+            computes each array's result alone, to the same bits; None where results depend on one another. Empty:
+            they may.
     """
 
     function: str
     arrays: tuple[Array, ...]
     options: Mapping[str, Any]
     result_bytes: int
+    separate: str = ""
 
     @property
     def cost(self) -> int:
@@ -73,12 +77,34 @@ def run_job(job: Job) -> JobResult:
     return JobResult(arrays=arrays, diagnostics=diagnostics, seconds=time.perf_counter() - start)
 
 
-def find_function(name: str) -> Callable[..., tuple[tuple[Array, ...], dict[str, float]]]:
+def pieces_of(job: Job) -> list[Job]:
+    """A job for each array where their results do not depend on one another, else the job as it is."""
+    if len(job.arrays) < 2 or not job.separate:
+        return [job]
+    options: list[Mapping[str, Any]] | None = find_function(job.separate)(job.arrays, **job.options)
+    if options is None:
+        return [job]
+    return [
+        replace(job, arrays=(array,), options=own, separate="") for array, own in zip(job.arrays, options, strict=True)
+    ]
+
+
+def join(results: Sequence[JobResult]) -> JobResult:
+    """What :func:`pieces_of` a job gave, as the job itself would have given it; of several failures the first."""
+    failed = next((result for result in results if result.error), None)
+    if len(results) == 1 or failed is not None:
+        return failed or results[0]
+    return JobResult(
+        arrays=tuple(array for result in results for array in result.arrays),
+        diagnostics={name: max(result.diagnostics[name] for result in results) for name in results[0].diagnostics},
+        seconds=sum(result.seconds for result in results),
+    )
+
+
+def find_function(name: str) -> Callable[..., Any]:
     """The function that ``"module:function"`` names."""
     module, _, attribute = name.partition(":")
-    found: Callable[..., tuple[tuple[Array, ...], dict[str, float]]] = getattr(
-        importlib.import_module(module), attribute
-    )
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return found
 
 

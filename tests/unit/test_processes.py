@@ -42,22 +42,6 @@ def test_the_bits_are_those_of_inline(executor: ProcessExecutor) -> None:
     deferred.close()
 
 
-def test_deferred_jobs_begin_when_a_result_is_asked_for() -> None:
-    deferred = ThreadExecutor(2, deferred=True)
-    for seed in range(3):
-        deferred.submit(seed, root_job(20, seed))
-    time.sleep(0.2)
-    assert deferred.queued == 3
-    assert not deferred.result(1).error
-    wait_until(lambda: deferred.queued == 0)  # all that had come began with it
-    deferred.submit(7, root_job(20, 7))
-    deferred.close()  # what nobody asked for is dropped
-    assert deferred.queued == 0
-    deferred.submit(8, root_job(20, 8))
-    assert not deferred.result(8).error
-    deferred.close()
-
-
 def test_arrays_are_copied_at_submit(executor: ProcessExecutor) -> None:
     for each in (executor, ThreadExecutor(1), InlineExecutor()):
         job = other_job("slow", seconds=0.05)
