@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_soo.linalg.inverse_roots import largest_magnitude
 from lightning_soo.placement.blocks import ArrayLayout
 from lightning_soo.refresh.jobs import JobResult
 from lightning_soo.transport import template_size, unpack_bytes
@@ -56,15 +58,15 @@ class Outcome:
             expected = [layout.shape for layout in layouts]
             if shapes != expected:
                 error = f"the worker returned shapes {shapes} where {expected} were to come"
-            elif not all(np.isfinite(array).all() for array in result.arrays):
-                error = "the worker returned NaN or Inf"
             else:
-                # row-major memory of torch's own, as on other ranks: the last bits of products depend on both
-                cast = [torch.tensor(np.ascontiguousarray(array), dtype=dtype) for array in result.arrays]
-                if all(torch.isfinite(root).all() for root in cast):
-                    roots = cast
-                else:
+                magnitudes = [largest_magnitude(array) for array in result.arrays]
+                if not all(map(math.isfinite, magnitudes)):
+                    error = "the worker returned NaN or Inf"
+                elif max(magnitudes, default=0.0) > torch.finfo(dtype).max:
                     error = f"roots are too large for {str(dtype).removeprefix('torch.')}: choose another compute_dtype"
+                else:
+                    # row-major memory of torch's own, as on other ranks: the last bits of products depend on both
+                    roots = [torch.tensor(np.ascontiguousarray(array), dtype=dtype) for array in result.arrays]
         return cls(
             ok=roots is not None,
             roots=roots,

@@ -1,7 +1,8 @@
 """How long training waits for roots: the queue of one rank's workers, step by step.
 
 A refresh is one job of one worker (deferred ones may be cut, so there this is an upper bound), is begun in the order in
-which it was handed over, and is due at a step that was fixed in advance. That workers have time enough in all does not mean that every result is there when it is due.
+which it was handed over, and is due at a step that was fixed in advance. That workers have time enough in all does not
+mean that every result is there when it is due.
 """
 
 from __future__ import annotations
