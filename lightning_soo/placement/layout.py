@@ -107,8 +107,10 @@ class FragmentTable:
 
     def check(self, parameter: int, name: str, numel: int) -> None:
         """Raise unless every copy of the model holds all elements of a parameter, in the order of its ranks."""
-        for copy in sorted(set(self.replica)):
-            ranks = [rank for rank, replica in enumerate(self.replica) if replica == copy]
+        copies: dict[int, list[int]] = {}
+        for rank, replica in enumerate(self.replica):
+            copies.setdefault(replica, []).append(rank)
+        for _, ranks in sorted(copies.items()):
             held = [self.ranges[rank][parameter] for rank in ranks]
             if all(piece == (0, numel) for piece in held):
                 continue
