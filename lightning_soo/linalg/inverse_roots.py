@@ -84,7 +84,7 @@ def inverse_root(
     order = given.shape[0]
     if not math.isfinite(largest_magnitude(given)):
         raise InverseRootError(f"matrix of order {order} holds NaN or Inf")
-    a = given + given.T  # in place from here on: first touches of fresh memory were a tenth of the time
+    a = given + given.T  # in place from here on: fresh memory costs its first touch
     a *= 0.5
     # LAPACK and the probe work on a matrix of size one, so that gradients of 1e+20 or 1e-20 are no special case.
     size = largest_magnitude(a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -36,6 +37,19 @@ def test_deferred_jobs_begin_when_a_result_is_asked_for() -> None:
     deferred.close()
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The orders of the matrices of every call of an executor."""
+    found: list[tuple[int, ...]] = []
+
+    def counted(job: Job) -> JobResult:
+        found.append(tuple(len(array) for array in job.arrays))
+        return run_job(job)
+
+    monkeypatch.setattr(executors, "run_job", counted)
+    return found
+
+
 def gram(order: int, seed: int, size: float = 1.0) -> Array:
     rows = np.random.default_rng(seed).standard_normal((order, 2 * order)).astype(np.float32)
     return size * (rows @ rows.T)
@@ -63,6 +77,12 @@ def inverses(*factors: Array) -> Job:
     return Job(function=function, arrays=factors, options={"damping": 1e-3}, result_bytes=0)
 
 
+def computed_whole(job: Job) -> JobResult:
+    inline = InlineExecutor()
+    inline.submit("a", job)
+    return inline.result("a")
+
+
 BAD = np.full((60, 60), np.nan, np.float32)
 ZERO = np.zeros((60, 60), np.float32)
 # what is computed, and the matrices of each call
@@ -82,22 +102,15 @@ CASES: dict[str, tuple[Job, list[int]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_job_that_is_cut_gives_what_it_gives_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_cut_gives_what_it_gives_whole(name: str, calls: list[tuple[int, ...]]) -> None:
     job, expected = CASES[name]
-    inline, deferred = InlineExecutor(), ThreadExecutor(2, deferred=True)
-    inline.submit("a", job)
-    whole = inline.result("a")
-    calls: list[int] = []
-
-    def counted(job: Job) -> JobResult:
-        calls.append(len(job.arrays))
-        return run_job(job)
-
-    monkeypatch.setattr(executors, "run_job", counted)
+    whole = computed_whole(job)
+    calls.clear()
+    deferred = ThreadExecutor(2, deferred=True)
     deferred.submit("a", job)
     cut = deferred.result("a")
     deferred.close()
-    assert calls == expected
+    assert [len(call) for call in calls] == expected
     assert cut.error == whole.error and bool(whole.error) == ("fails" in name or "finite" in name)
     np.testing.assert_equal(dict(cut.diagnostics), dict(whole.diagnostics))
     assert len(cut.arrays) == len(whole.arrays)
@@ -105,13 +118,7 @@ def test_a_job_that_is_cut_gives_what_it_gives_whole(name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("kind", [Shampoo, SOAP])
-def test_training_cuts_its_refreshes_and_ends_the_same(kind: type[Shampoo], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counted(job: Job) -> JobResult:
-        calls.append(len(job.arrays))
-        return run_job(job)
-
+def test_training_cuts_its_refreshes_and_ends_the_same(kind: type[Shampoo], calls: list[tuple[int, ...]]) -> None:
     def train(workers: Any) -> torch.Tensor:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 3))
@@ -125,19 +132,12 @@ def test_training_cuts_its_refreshes_and_ends_the_same(kind: type[Shampoo], monk
         return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
 
     whole = train("inline")
-    monkeypatch.setattr(executors, "run_job", counted)
+    calls.clear()
     assert torch.equal(whole, train({"kind": "deferred", "count": 3}))
-    assert calls.count(1) > 20
+    assert sum(len(call) == 1 for call in calls) > 20
 
 
-def test_only_jobs_that_are_large_beside_the_rest_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, ...]] = []
-
-    def counted(job: Job) -> JobResult:
-        calls.append(tuple(len(array) for array in job.arrays))
-        return run_job(job)
-
-    monkeypatch.setattr(executors, "run_job", counted)
+def test_only_jobs_that_are_large_beside_the_rest_are_cut(calls: list[tuple[int, ...]]) -> None:
     for count, expected in ((2, [(100,), (20, 20)]), (1, [(20, 20), (100, 100)])):
         deferred = ThreadExecutor(count, deferred=True)
         for seed in range(4):
@@ -149,19 +149,21 @@ def test_only_jobs_that_are_large_beside_the_rest_are_cut(monkeypatch: pytest.Mo
         calls.clear()
 
 
-def test_a_late_piece_is_computed_in_the_training_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = roots(gram(60, 1), gram(50, 2), counts=[1, 1])
+def test_a_late_piece_is_computed_in_the_training_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, given = roots(gram(60, 1), gram(50, 2), counts=[1, 1]), threading.Event()
 
     def late(piece: Job) -> JobResult:
         if len(piece.arrays) == 1:
-            time.sleep(0.5)
+            given.wait(30)
         return run_job(piece)
 
     monkeypatch.setattr(executors, "run_job", late)
     deferred = ThreadExecutor(2, deadline=0.05, deferred=True)
     deferred.submit("a", job)
-    found, whole = deferred.result("a"), run_job(job)
-    assert all(np.array_equal(one, other) for one, other in zip(found.arrays, whole.arrays, strict=True))
-    assert deferred.queued == 0
-    time.sleep(0.6)
+    found, whole = deferred.result("a"), computed_whole(job)
+    given.set()
     deferred.close()
+    assert "refresh of a not ready" in caplog.text
+    assert all(np.array_equal(one, other) for one, other in zip(found.arrays, whole.arrays, strict=True))
