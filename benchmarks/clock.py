@@ -30,13 +30,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Timed:
-    """One run of an entry. Attributes: ratio: the reference's seconds of the same turn over its own."""
+    """One run of an entry.
+
+    Attributes:
+        ratio: the reference's seconds of the same turn over its own.
+        where: machine and commit.
+    """
 
     seed: int
     loss: float
     seconds: float
     ratio: float
     times: tuple[tuple[int, float], ...]
+    where: str
 
 
 class Clock:
@@ -62,6 +68,7 @@ class Clock:
                     seconds=mine["seconds"],
                     ratio=reference["seconds"] / mine["seconds"],
                     times=tuple((step, seconds) for step, seconds in mine["times"]),
+                    where=turn.get("where", ""),
                 )
             )
         return found

@@ -61,6 +61,11 @@ def machine() -> str:
     )
 
 
+def processor(where: str) -> str:
+    """Of what ``machine`` returned, the part on which losses depend: rounding differs between processors."""
+    return where.partition(";")[0].removesuffix(")") + ")" if ";" in where else where
+
+
 def report(lines: list[str], output: Path | None) -> None:
     """Print a table, and write it where asked."""
     print("\n".join(lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from clock import Clock, Entry, Timed, median_times
 from contenders import Contender
-from measure import spread
+from measure import processor, spread
 from search import Missing, Search
 from trained_tasks import TrainedTask
 from training import WARM_UP
@@ -36,6 +36,11 @@ class Found:
     @property
     def name(self) -> str:
         return self.longest.contender.name
+
+    def processors(self) -> list[str]:
+        """On which its best longest run and its shortest one were found."""
+        points = {(entry.lr, entry.horizon) for entry in (self.longest, self.point) if entry is not None}
+        return sorted({processor(self.search.row(*point).get("where", "")) for point in points})
 
 
 def found_of(search: Search, contender: Contender, targets: Sequence[float], own: Sequence[float]) -> Found:
@@ -80,12 +85,17 @@ def complete(
 
 
 def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequence[float], where: str) -> list[str]:
-    """The page of results. Args: own: final losses of AdamW's best longest run, by seed."""
+    """The page of results.
+
+    Args:
+        own: final losses of AdamW's best longest run, by seed.
+        where: machine and commit, for the head while nothing is clocked.
+    """
     longest = everyone[0].longest.horizon
     lines = [
         f"# Time to AdamW's final loss: {task.key}",
         "",
-        f"{where}.",
+        *_machines(everyone, clock, where),
         f"{task.title[0].upper()}{task.title[1:]}. Warm-up over {max(1, round(WARM_UP * task.longest))} steps at every "
         "horizon, then linear decay to zero, fitted to it; betas (0.9, 0.99).",
         f"Target: {own[0]:.5g}, where AdamW's best run of {longest} steps ends "
@@ -116,6 +126,23 @@ def tables(task: TrainedTask, everyone: Sequence[Found], clock: Clock, own: Sequ
             f"{spread([run.ratio for run in runs])} ({len(runs)} turns) | {final} |"
         )
     return [*lines, "", *_further(everyone, clock), *_equal_horizons(task, everyone, clock, own)]
+
+
+def _machines(everyone: Sequence[Found], clock: Clock, where: str) -> list[str]:
+    """Where seconds were taken, and losses found: on another processor a run may end 2 % higher or lower."""
+    turns = [run for found in everyone for entry in {found.point, found.longest} if entry for run in clock.runs(entry)]
+    clocked = sorted({processor(run.where) for run in turns}) or [processor(where)]
+    lines = [f"{turns[-1].where if turns else where}."]
+    if len(clocked) > 1:
+        lines.append(f"Clocked on several machines: {'; '.join(clocked)}.")
+    searched: dict[str, list[str]] = {}
+    for found in everyone:
+        for name in found.processors():
+            searched.setdefault(name, []).append(found.name)
+    if list(searched) != clocked:
+        given = "; ".join(f"on {name}: {', '.join(who)}" for name, who in searched.items())
+        lines.append(f"Learning rates, steps and targets were found {given}.")
+    return lines
 
 
 def _further(everyone: Sequence[Found], clock: Clock) -> list[str]:

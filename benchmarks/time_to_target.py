@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from clock import SEEDS, Clock, Entry
 from contenders import Contender, Unsuited, choose
-from measure import machine, report
+from measure import machine, processor, report
 from run_store import FOLDER, Point, Store, loss_of
 from search import Missing, Search
 from target_report import complete, found_of, picture, tables
@@ -104,15 +104,17 @@ def main() -> None:
 
 
 def compare(entries: Iterable[Entry], clock: Clock, store: Store) -> None:
-    """Say where a clocked run ended elsewhere than the stored one: then the method has changed without its options."""
+    """Say where a clocked run ended elsewhere than the stored one: the processor or the method is another."""
     for entry in entries:
         for run in clock.runs(entry):
             point = Point.of(entry.contender.options, entry.lr, entry.horizon, run.seed, clock.threads)
             stored = store.get(point)
             if stored is not None and not math.isclose(loss_of(stored), run.loss, rel_tol=1e-3):
+                there, here = processor(stored.get("where", "")), processor(run.where)
+                why = f"found on {there}, clocked on {here}" if there != here else "its method has changed"
                 print(
                     f"{entry.contender.name}, lr {entry.lr:g}, {entry.horizon} steps, seed {run.seed}: clocked "
-                    f"{run.loss:g}, stored {loss_of(stored):g}; delete its lines and search again",
+                    f"{run.loss:g}, stored {loss_of(stored):g}: {why}; delete its lines and search again",
                     file=sys.stderr,
                 )
 

@@ -180,7 +180,10 @@ def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -
     adamw, fused, *_ = choose(["AdamW", "ours, defaults"])
     ours = from_library("ours", precondition_frequency=5, start_preconditioning_step=2)
     store = Store("tiny", tmp_path)
-    one, two = (search.Search(store, contender, 40, 1, training_of(TINY)) for contender in (adamw, ours))
+    one, two = (
+        search.Search(store, contender, 40, 1, training_of(TINY), {"where": f"{name} (model 1; avx2), 1 threads"})
+        for contender, name in ((adamw, "here"), (ours, "elsewhere"))
+    )
     lr, _ = one.best(40)
     own = [one.loss(lr, 40, seed) for seed in range(3)]
     pairs = [(one, adamw), (one, fused), (two, ours)]
@@ -198,16 +201,21 @@ def test_the_page_of_a_task_and_turns_that_are_kept_when_whole(tmp_path: Path) -
             raise KeyboardInterrupt
         return training.train(TINY, *arguments, clocked=True)
 
+    here = {"where": "here (model 1; avx2), 1 threads; commit 1"}
     with pytest.raises(KeyboardInterrupt):
-        clock.take(entries, run, {"where": "here"})
+        clock.take(entries, run, here)
     assert len(clock.lines.read()) == 1
     left = itertools.count()
-    clock.take(entries, run, {"where": "here"})
+    clock.take(entries, run, here)
     assert [row["seed"] for row in clock.lines.read()] == [0, 1]
     assert [run.ratio for run in clock.runs(everyone[0].point)] == [1.0, 1.0]
     assert [run.loss for run in clock.runs(everyone[0].longest)] == own[:2]
     lines = target_report.tables(TINY, everyone, clock, own, "here")
     assert sum(line.startswith("| ours |") for line in lines) == 3
+    found = "on here (model 1): AdamW foreach, AdamW fused; on elsewhere (model 1): ours."
+    assert lines[2:4] == [f"{here['where']}.", f"Learning rates, steps and targets were found {found}"]
+    alone = target_report.tables(TINY, everyone[:2], clock, own, "another (model 2; avx2), 1 threads")
+    assert alone[2] == lines[2] and "were found" not in alone[3]  # not the machine that writes the page
     # a further target that was searched for AdamW alone
     asked = [(search.Search(store, pair.contender, 40, 1), contender) for pair, contender in pairs]
     further = 1.001 * two.best(40)[1]
