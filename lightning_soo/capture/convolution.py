@@ -105,12 +105,20 @@ class ConvolutionRule(LayerRule):
 
 def pad(values: Tensor, module: Any) -> Tensor:
     """The input as the convolution sees it, ``(examples, channels, *size)``."""
-    # torch keeps it for its own use in the order of F.pad, resolved where padding is a word
-    amounts = list(module._reversed_padding_repeated_twice)
-    if not any(amounts):
-        return values
-    mode = module.padding_mode if module.padding_mode != "zeros" else "constant"
-    return nn.functional.pad(values, amounts, mode=mode)
+    if module.padding_mode != "zeros":
+        amounts = list(module._reversed_padding_repeated_twice)  # what the constructor has made of the padding
+        return nn.functional.pad(values, amounts, mode=module.padding_mode) if any(amounts) else values
+    amounts = []  # as the module has it now: dilation and padding of a pretrained backbone may be changed
+    dimensions = zip(module.kernel_size, module.dilation, _paddings(module), strict=True)
+    for size, dilation, given in reversed(list(dimensions)):
+        total = dilation * (size - 1) if module.padding == "same" else 2 * given
+        amounts += [total // 2, total - total // 2]
+    return nn.functional.pad(values, amounts) if any(amounts) else values
+
+
+def _paddings(module: Any) -> list[int]:
+    """Of each dimension; words count as none."""
+    return [0] * len(module.kernel_size) if isinstance(module.padding, str) else list(module.padding)
 
 
 def patches(values: Tensor, module: Any, grid: Grid | None = None, *, channels_last: bool = False) -> Tensor:

@@ -82,7 +82,11 @@ def input_sums(rows: Tensor, part: LayerPart, how: Statistics) -> tuple[tuple[Te
     Args:
         rows: ``(examples, positions, inputs)``.
     """
-    rows = rows.mean(1) if how.approximation == "reduce" else rows.flatten(0, 1)
+    if how.approximation == "reduce":
+        # examples without a row (an expert that got no tokens) have no mean
+        rows = rows.mean(1, dtype=wide_dtype(rows.dtype)) if rows.shape[1] else rows.new_empty(0, rows.shape[2])
+    else:
+        rows = rows.flatten(0, 1)
     count, dtype = rows.shape[0], wide_dtype(rows.dtype)
     if part.diagonal_inputs:
         return (squares(rows, dtype),), count
@@ -111,7 +115,7 @@ def gradient_sum(rows: Tensor, part: LayerPart, how: Statistics) -> Tensor:
     Args:
         rows: ``(examples, positions, outputs)``.
     """
-    rows = rows.sum(1) if how.approximation == "reduce" else rows.flatten(0, 1)
+    rows = rows.sum(1, dtype=wide_dtype(rows.dtype)) if how.approximation == "reduce" else rows.flatten(0, 1)
     dtype = wide_dtype(rows.dtype)
     return squares(rows, dtype) if part.diagonal_outputs else gram(rows, dtype, how.gram_dtype)
 

@@ -48,9 +48,9 @@ class NormalizationRule(LayerRule):
     ) -> Tensor:
         assert values is not None
         rows = self.gradients(module, part, gradient, batch)
+        rows = rows.to(wide_dtype(rows.dtype))  # before thousands of scaled gradients are added up
         scales = (self.inputs(module, part, values, batch) * rows).sum(1)
         pair = torch.stack([scales, rows.sum(1)] if part.bias is not None else [scales], -1)
-        pair = pair.to(wide_dtype(pair.dtype))
         return torch.einsum("nci,ncj->cij", pair, pair)
 
     def inputs(self, module: Any, part: LayerPart, values: Tensor, batch: int) -> Tensor:

@@ -19,7 +19,7 @@ class Pass:
     """Everything called between two backward passes.
 
     Attributes:
-        batch: its examples.
+        batch: its examples; 0 while no module was given a tensor.
         is_counted: a backward pass has come by.
         is_observed: its outputs have been differentiated by the recorder itself.
         uses: of its modules, each with where its gradient is to be had, until then.
@@ -35,8 +35,9 @@ class Passes:
     """The pass that goes on now.
 
     The first module called after a backward pass begins one, and the leading dimension of its first tensor is the
-    number of examples. What is called until the next backward pass belongs to it: two views of the same examples, an
-    encoder and then its decoder. A pass whose graph has been dropped is over as well.
+    number of examples: where its arguments hide them, of the first module inside it that is given one. What is called
+    until the next backward pass belongs to it: two views of the same examples, an encoder and then its decoder. A pass
+    whose graph has been dropped is over as well.
     """
 
     def __init__(self) -> None:
@@ -55,12 +56,14 @@ class Passes:
             return
         current = self._latest()
         if current is not None and not current.is_counted:
+            current.batch = current.batch or _leading_dimension(positional, named)
             return
         if torch.is_grad_enabled():
             self._start(_leading_dimension(positional, named))
             self._outermost = module
-        elif self._outermost is None:
-            self._possible, self._outermost = _leading_dimension(positional, named), module
+        elif self._outermost is None or self._possible == 0:
+            self._possible = _leading_dimension(positional, named)
+            self._outermost = self._outermost or module
 
     def end(self, module: nn.Module) -> bool:
         """After the forward of any module: whether it is the one that began the pass."""
@@ -103,7 +106,7 @@ class Passes:
 
 def _leading_dimension(positional: tuple[Any, ...], named: dict[str, Any]) -> int:
     tensor = next((tensor for tensor in tensors((positional, named)) if tensor.ndim > 0), None)
-    return tensor.shape[0] if tensor is not None else 1
+    return tensor.shape[0] if tensor is not None else 0
 
 
 def is_in_backward() -> bool:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -107,6 +108,8 @@ class Recorder:
         self._observing = False
         if fisher != "empirical":
             check_weights_stay(model, fisher)
+            # what is compiled from now on keeps its graph for the user's own backward pass
+            torch._functorch.config.donated_buffer = False
         # the innermost of those that are the model itself, below wrappers
         named = [(module_name(path), module) for path, module in model.named_modules()]
         whole = [module for name, module in named if name == (outputs or "")]
@@ -188,6 +191,7 @@ class Recorder:
                 return
             used = layers if pick is None else [layer for layer in layers if layer.part.key in pick]
             current = self._passes.current() or Pass(batch=values.shape[0])  # recording began inside a pass
+            current.batch = current.batch or values.shape[0]
             how = Statistics(
                 approximation=self.approximation,
                 gram_dtype=self.gram_dtype,
@@ -206,7 +210,9 @@ class Recorder:
         return record
 
     def _arrived(self, current: Pass, use: Use, gradient: Tensor) -> None:
-        """A gradient of the user's own backward pass."""
+        """A gradient of the user's own backward pass, or of one that is for something else (:func:`is_for_weights`)."""
+        if not use.is_for_weights():
+            return
         if self._passes.count(current):
             self.examples += current.batch
         # of the loss of one example: the mean has divided it by their number
@@ -248,6 +254,8 @@ class Recorder:
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise NotImplementedError(_REENTRANT.format(self.fisher)) from error
+            if "donated" in str(error):
+                raise RuntimeError(_DONATED.format(self.fisher)) from error
             raise
         finally:
             self._observing = False
@@ -269,6 +277,11 @@ class Recorder:
         self._passes.count(current)
 
 
+_DONATED = (
+    "fisher={0!r} differentiates the outputs of a model before the loss, and what torch.compile has made of this one "
+    "frees what that needs: set torch._functorch.config.donated_buffer = False before the model is compiled, or build "
+    "the optimizer before the model is called"
+)
 _REENTRANT = (
     "fisher={0!r} cannot differentiate a model with reentrant activation checkpointing: "
     "pass use_reentrant=False to torch.utils.checkpoint"

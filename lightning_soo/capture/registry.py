@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -117,12 +118,15 @@ def by_example(values: Tensor, batch: int) -> Tensor:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested arguments, in order."""
+    """Tensors in nested arguments, in order: in lists, tuples, mappings (a tokenizer's batch) and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for entry in value.values():
             yield from tensors(entry)
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from tensors(entry)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))

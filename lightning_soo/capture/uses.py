@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_soo.capture.factors import FactorSums, Statistics
 from lightning_soo.capture.layers import Layer
+from lightning_soo.capture.parameters import find_tensor
 
 
 class Use:
@@ -38,6 +40,21 @@ class Use:
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             self._inputs = [layer.rule.input_sums(module, layer.part, values, batch, how) for layer in layers]
         self._values = values if any(layer.rule.needs_input for layer in layers) else None
+        # as this pass has them: FSDP puts other tensors in their place for its time
+        names = {name for layer in layers for name in (layer.part.weight, layer.part.bias) if name is not None}
+        trained = [tensor for tensor in (find_tensor(module, name) for name in names) if tensor.requires_grad]
+        self._nodes = [get_gradient_edge(tensor).node for tensor in trained]
+
+    def is_for_weights(self) -> bool:
+        """Whether the backward pass that goes on asks for the gradient of a weight or bias of this use.
+
+        One that is for an input (a penalty or an equation with derivatives by it, an adversarial example) says
+        nothing about how the loss depends on the weights.
+        """
+        try:
+            return any(torch._C._will_engine_execute_node(node) for node in self._nodes)
+        except RuntimeError:  # torch.autograd.grad by a leaf: this one
+            return True
 
     def gradient_sums(self, gradient: Tensor) -> list[Tensor]:
         """Of the gradient of :func:`source`, one for each layer."""

@@ -47,7 +47,7 @@ class Contributions:
             for key, block in blocks.items():
                 sums = recorder.sums[block.layer.layer]
                 assert sums.inputs is not None and sums.gradients is not None
-                arrays = block.select(sums.inputs, sums.gradients)
+                arrays = [array.to(block.device) for array in block.select(sums.inputs, sums.gradients)]
                 self._own[key] = _factors(arrays, sums.positions, recorder.examples, gradient_scale)
             return
         if not blocks:
@@ -90,7 +90,8 @@ def _packed(block: LayerFactorsBlock, sums: FactorSums, examples: int, dtype: to
         zeros = [torch.zeros(shape, dtype=dtype, device=block.device) for shape, _ in array_templates(layouts, dtype)]
         return [counts, *zeros]
     arrays = zip(block.select(sums.inputs or (), sums.gradients), layouts, strict=True)
-    return [counts, *(pack_array(array.to(dtype), layout) for array, layout in arrays)]
+    # an engine that offloads keeps parameters elsewhere than it computes
+    return [counts, *(pack_array(array.to(block.device, dtype), layout) for array, layout in arrays)]
 
 
 def _factors(arrays: Sequence[Tensor], positions: float, examples: float, gradient_scale: float) -> list[Tensor]:

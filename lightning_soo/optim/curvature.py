@@ -66,7 +66,8 @@ def _differentiate(
     values: Sequence[Tensor | None], by: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Derivatives of ``sum <values, weights>``; a value that is a constant has none."""
-    pairs = [(v, w.to(v.dtype)) for v, w in zip(values, weights, strict=True) if v is not None and v.requires_grad]
+    known = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None and v.requires_grad]
+    pairs = [(value, weight.to(value.device, value.dtype)) for value, weight in known]
     if not pairs:
         return [None] * len(by)
     found = torch.autograd.grad(

@@ -51,6 +51,8 @@ class KFACOptions(ShampooOptions):
                 f"adaptive_damping has no effect with grafting={self.grafting!r}, which an AdamW that is taken over "
                 "gives: take over SGD, set grafting to None, or leave adaptive_damping out"
             )
+        if self.gram_dtype == torch.float16:
+            raise ValueError("gram_dtype=torch.float16: sums of squares overflow in it; use torch.bfloat16")
         if not 0 < self.kl_clip_decay <= 1:
             raise ValueError(f"kl_clip_decay={self.kl_clip_decay}: must be in (0, 1]")
         if not 0 <= self.factor_decay < 1:

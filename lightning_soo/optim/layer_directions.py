@@ -13,6 +13,7 @@ from lightning_soo.optim.adaptive_damping import AdaptiveDamping
 from lightning_soo.optim.base import SecondOrderOptimizer
 from lightning_soo.optim.kfac_options import KFACOptions
 from lightning_soo.optim.members import Member
+from lightning_soo.optim.repetition import RandomState, repeating
 from lightning_soo.placement.blocks import Block
 from lightning_soo.placement.layout import Layout
 from lightning_soo.placement.plan import Plan
@@ -211,13 +212,15 @@ class LayerDirections(SecondOrderOptimizer):
             raise TypeError(
                 "adaptive_damping: this engine updates the model only after the step (ZeRO), so none can be tried"
             )
-        before = self._loss()
+        state = RandomState.capture(_computing_device(tried[0].parameter().device))
+        before = self._loss(state)
         kept = [member.parameter().clone() for member in tried]
         for member in tried:
             member.parameter().add_(member.gradient, alpha=-float(member.group["lr"]) * member.scale)
-        after = self._loss()
+        after = self._loss(state)
         for member, values in zip(tried, kept, strict=True):
             member.parameter().copy_(values)
+        torch.clear_autocast_cache()
         losses = torch.tensor([before, after], dtype=torch.float64)
         before, after = (self._transport.total(losses, "the losses tried") / self._transport.size).tolist()
         self._damping = adaptive.adapted(self.damping, actual=after - before, predicted=self._predicted)
@@ -226,15 +229,21 @@ class LayerDirections(SecondOrderOptimizer):
         self.skipped_steps += 1
         return False
 
-    def _loss(self) -> float:
-        """This rank's loss with the parameters as they are; random numbers and buffers stay as they were."""
+    def _loss(self, state: RandomState) -> float:
+        """This rank's loss with the parameters as they are, and the random numbers of ``state``; generators and buffers
+        stay as they were."""
         assert self.evaluate is not None
         model = self._model() if self._model is not None else None
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model is not None else []
-        with torch.random.fork_rng(devices=[]):
+        torch.clear_autocast_cache()  # a context around the step would go on with copies of other parameters
+        with repeating(state, model.buffers() if model is not None else ()):
             loss = float(self.evaluate())
         if model is not None and self._layout is not None and self._layout.forget_gathered is not None:
             self._layout.forget_gathered(model)  # or the next pass would see parameters as they are now
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
         return loss
+
+
+def _computing_device(device: torch.device) -> torch.device:
+    """Where losses are computed: a parameter may be offloaded."""
+    if device.type == "cpu" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

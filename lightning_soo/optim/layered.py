@@ -156,10 +156,15 @@ class LayeredOptimizer(LayerDirections):
         if not self._refresher.schedule.observes(self.steps + 1):
             return []
         recorder = self._watched()
-        found = [recorder.sums[layer.name].gradients for layer in recorder.layers]
-        traces = [_trace(factor) for factor in found if factor is not None]
+        found = [recorder.sums[layer.name] for layer in recorder.layers]
+        traces = [
+            sum((_trace(factor) for factor in sums.inputs or ()), _trace(sums.gradients))
+            for sums in found
+            if sums.gradients is not None
+        ]
         values = iter(torch.stack(traces).tolist() if traces else [])
-        return [0.0 if factor is None else 1.0 if next(values) < float("inf") else float("inf") for factor in found]
+        infinite = float("inf")
+        return [0.0 if sums.gradients is None else 1.0 if next(values) < infinite else infinite for sums in found]
 
     def _take_marks(self, marks: Sequence[float]) -> None:
         layers = self._watched().layers
@@ -233,6 +238,11 @@ class LayeredOptimizer(LayerDirections):
         self._settle()
         super()._load_checked(saved)
         self._damping, self._last_total = saved.get("damping"), saved.get("last_total")
+
+    def restart_blocks(self) -> None:
+        self._settle()
+        super().restart_blocks()
+        self._damping = self._last_total = None
 
     def consolidate(self, to: int | None = 0) -> None:
         self._settle()

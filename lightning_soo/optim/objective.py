@@ -78,6 +78,11 @@ class Objective:
         self.resolution = 0.0
         self.propagations = 0.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where losses are computed: that of the vectors, unless an engine offloads what it keeps."""
+        return self.parameters[0].device if self.parameters else self._space.device
+
     def add(self, closure: Closure, weight: float, *, keep_graph: bool) -> Tensor:
         """Evaluate a micro-batch and its gradient. Local.
 
@@ -85,7 +90,7 @@ class Objective:
             Its loss, detached.
         """
         self.release_graphs()
-        state = RandomState.capture(self._space.device)
+        state = RandomState.capture(self.device)
         with torch.enable_grad():
             result = closure()
         return self.add_evaluated(result, state, closure, weight, keep_graph=keep_graph)
@@ -129,7 +134,7 @@ class Objective:
 
     def take_products_over(self, sample: Sequence[tuple[Closure, float]]) -> None:
         """Let the curvature be that of these weighted micro-batches, instead of all that were added."""
-        state = RandomState.capture(self._space.device)
+        state = RandomState.capture(self.device)
         self._sample = [Evaluation(closure, weight, state) for closure, weight in sample]
 
     @property
@@ -197,6 +202,7 @@ class Objective:
                 self.parameters, self._space.views(self._space.gather(parameters)), strict=True
             ):
                 parameter.copy_(value)
+        torch.clear_autocast_cache()  # or a context around the step would go on with copies of the old ones
 
     def value(self, parameters: Tensor) -> float:
         """The loss with other parameters, given as a local vector, which the model has from now on. Collective."""

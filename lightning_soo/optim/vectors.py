@@ -122,7 +122,7 @@ class VectorSpace:
         """``whole += weight * tensors``, those that are None left out."""
         for view, one in zip(self.views(whole), tensors, strict=True):
             if one is not None:
-                view.add_(one.to(self.dtype), alpha=weight)
+                view.add_(one.to(self.device, self.dtype), alpha=weight)
 
     def sum(self, whole: Tensor) -> Tensor:
         """The local part of the sum of every rank's whole vector; the same bits wherever it is kept."""

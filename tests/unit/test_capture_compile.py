@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from lightning_soo.capture.recorder import Recorder
@@ -87,3 +88,46 @@ def test_factors_are_those_of_the_model_as_it_is(compiled: Any, order: str, back
     recorder.clear()
     step(model)
     assert recorder.factors() == {}
+
+
+class Gate(nn.Module):
+    """Saves what neither goes in nor comes out: of that a compiled graph is freed by its first backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid() * x.tanh().exp()
+
+
+def gated() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), Gate(), nn.Linear(6, 3), Gate())
+
+
+@pytest.mark.parametrize("order", ["recorder first", "called first"])
+def test_outputs_of_a_compiled_model_are_differentiated_too(order: str) -> None:
+    """And then the loss: what is compiled has to keep its graph."""
+    nets = [gated() for _ in range(2)]
+    plain = Recorder(nets[0], fisher="ggn")
+    step(nets[0])
+    functorch_config.donated_buffer = True  # torch's default
+    recorder = Recorder(nets[1], fisher="ggn") if order == "recorder first" else None
+    model = torch.compile(nets[1], backend="aot_eager")
+    if order == "called first":
+        step(model)
+    recorder = recorder or Recorder(model, fisher="ggn")
+    step(model)
+    found = recorder.factors()
+    assert recorder.examples == 5 and len(found) == 2
+    for name, factors in plain.factors().items():
+        torch.testing.assert_close(found[name], factors)
+
+
+def test_what_cannot_be_differentiated_twice_says_what_to_do() -> None:
+    net = gated()
+    recorder = Recorder(net, fisher="mc")
+    functorch_config.donated_buffer = True
+    try:
+        with pytest.raises(RuntimeError, match="donated_buffer = False before the model is compiled"):
+            step(torch.compile(net, backend="aot_eager"))
+    finally:
+        functorch_config.donated_buffer = False
+        recorder.close()

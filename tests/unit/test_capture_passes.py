@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import UserDict
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +90,41 @@ def test_whatever_is_called_has_the_examples_of_the_first_call(called: str) -> N
         loss = nn.functional.cross_entropy(net.decoder[2](net.decoder[1](net.decoder[0](value))), y)
     loss.backward()
     assert recorder.examples == 8
+    assert_same(recorder.factors(), expected(net, x, y))
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, Batch, SimpleNamespace])
+def test_examples_are_found_in_any_kind_of_batch(kind: Any) -> None:
+    class Wrapped(Patched):
+        def forward(self, batch: Any) -> Tensor:  # type: ignore[override]
+            of = batch if isinstance(batch, (dict, UserDict)) else vars(batch)
+            return self.training_step(of["x"], of["y"])
+
+    net, (x, y) = Wrapped(), batch()
+    recorder = Recorder(net)
+    net(kind(x=x, y=y)).backward()
+    assert recorder.examples == 8
+    assert_same(recorder.factors(), expected(net, x, y))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_derivatives_by_inputs_are_no_gradients_of_the_loss(create_graph: bool) -> None:
+    net, (x, y) = Patched(), batch()
+    recorder = Recorder(net)
+    seen = x.clone().requires_grad_()
+    hidden = net.decoder(net.encoder(seen).mean(1))
+    (slope,) = torch.autograd.grad(hidden.sum(), seen, create_graph=create_graph, retain_graph=True)
+    nn.functional.cross_entropy(hidden, y).backward()
+    assert slope.abs().sum() > 0 and recorder.examples == 8
+    assert_same(recorder.factors(), expected(net, x, y))
+    recorder.clear()
+    torch.autograd.grad(net(x, y), list(net.parameters()))  # these are
     assert_same(recorder.factors(), expected(net, x, y))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soo.capture import grids
-from lightning_soo.capture.factors import Statistics, gram, input_sums
+from lightning_soo.capture.factors import Statistics, gradient_sum, gram, input_sums
 from lightning_soo.capture.grids import Grid
 from lightning_soo.capture.recorder import Recorder
 from lightning_soo.capture.registry import LayerPart, find_rule, limit_part
@@ -216,3 +216,39 @@ def test_the_grid_depends_on_size_and_phase_alone_and_visits_all() -> None:
         recorder.close()
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name])
+
+
+@pytest.mark.parametrize("changed", [{"padding": (4, 4), "dilation": (4, 4)}, {"padding": (2, 0), "dilation": (2, 1)}])
+def test_a_convolution_that_was_changed_after_it_was_made(changed: dict[str, tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    layer, fresh = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, **changed)
+    for name, value in changed.items():
+        setattr(layer, name, value)
+    fresh.load_state_dict(layer.state_dict())
+    found = []
+    for one in (layer, fresh):
+        recorder = Recorder(one)
+        one(torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+        found.append(recorder.factors()[""])
+    torch.testing.assert_close(*found)
+
+
+def test_sums_of_half_precision_gradients_are_formed_in_float32() -> None:
+    torch.manual_seed(0)
+    layer, how = nn.LayerNorm(3), Statistics(approximation="reduce")
+    rule = find_rule(layer)
+    assert rule is not None
+    (part,) = rule.parts(layer)
+    values, gradient = torch.randn(2, 4096, 3), torch.full((2, 4096, 3), 64.0)
+    wide = rule.gradient_sum(layer, part, values, gradient, 2, how)
+    narrow = rule.gradient_sum(layer, part, values.half(), gradient.half(), 2, how)
+    assert wide[0, 1, 1] == 2 * (64.0 * 4096) ** 2
+    torch.testing.assert_close(narrow, wide, rtol=1e-2, atol=1e-2 * float(wide.max()))
+    assert gradient_sum(gradient.half(), part_of(3, 3), how)[0, 0] == 2 * (64.0 * 4096) ** 2
+
+
+def test_examples_without_rows_add_nothing() -> None:
+    how = Statistics(approximation="reduce")
+    (factor,), count = input_sums(torch.empty(4, 0, 3), part_of(3), how)
+    assert count == 0 and torch.equal(factor, torch.zeros(4, 4))
+    assert torch.equal(gradient_sum(torch.empty(4, 0, 5), part_of(3), how), torch.zeros(5, 5))

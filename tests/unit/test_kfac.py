@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soo import KFAC
+from lightning_soo.optim import contributions
 from lightning_soo.optim.takeover import take_over
+from lightning_soo.transport import Transport
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "kfac_mlp.npz")
 # one step that shows the direction: nothing before, after or around it
@@ -458,6 +460,22 @@ def test_factors_that_overflow_stand_still_and_are_named(caplog: pytest.LogCaptu
     assert all(map(torch.equal, before, factors_of(optimizer))) and optimizer.steps == 2
 
 
+def test_inputs_that_overflow_stand_still_too() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = KFAC(net, **{**PLAIN, "lr": 1e-3})
+    net(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    before = [factor.clone() for factor in factors_of(optimizer)]
+    optimizer.zero_grad()
+    (1e-25 * net(1e25 * torch.randn(4, 3))).sum().backward()  # a finite gradient of inputs whose squares are not
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    optimizer.step()
+    after = factors_of(optimizer)
+    assert all(factor.isfinite().all() for factor in after) and optimizer.steps == 2
+    assert all(map(torch.equal, before, after))
+
+
 def test_hooks_of_a_dropped_optimizer_go_with_it() -> None:
     net = nn.Linear(3, 2)
     optimizer = KFAC(net, **PLAIN)
@@ -608,6 +626,7 @@ def test_takes_over(kind: type[torch.optim.Optimizer]) -> None:
         ({"fisher": "monte-carlo"}, "fisher='monte-carlo'"),
         ({"approximation": "sum"}, "approximation='sum'"),
         ({"gram_dtype": "int8"}, "gram_dtype='int8'; choose one of 'float32'"),
+        ({"gram_dtype": "float16"}, "gram_dtype=torch.float16: sums of squares overflow"),
         ({"overrides": [{"match": "x", "max_preconditioner_dim": 8}]}, "'max_preconditioner_dim' does not apply"),
     ],
 )
@@ -710,3 +729,20 @@ def test_factors_of_limited_order_against_the_dense_matrix(method: str) -> None:
     torch.testing.assert_close(steps["0.bias"], -inverse(first[:1], gradients["0.bias"]), rtol=1e-9, atol=1e-12)
     second = [torch.diag((error**2).mean(0)), inputs.T @ inputs / 7]
     torch.testing.assert_close(steps["1.weight"], -inverse(second, gradients["1.weight"]), rtol=1e-9, atol=1e-12)
+
+
+def test_factors_go_to_where_the_parameters_are_kept() -> None:
+    """An engine that offloads keeps them elsewhere than where layers are seen; here that is no memory at all."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimizer = KFAC(net, **PLAIN)
+    optimizer.attach()
+    net(torch.randn(4, 3)).square().mean().backward()
+    (block,) = [block for member in optimizer._members for block in member.blocks]
+    recorder = optimizer._watched()
+    block.device = torch.device("meta")
+    (own,) = (
+        contributions.Contributions(Transport(), {"0": block}, {"0": 0}, recorder, gradient_scale=1.0).finish().values()
+    )
+    packed = contributions._packed(block, recorder.sums[block.layer.layer], 4, torch.float32)
+    assert {array.device.type for array in (*own, *packed)} == {"meta"}

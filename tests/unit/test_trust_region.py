@@ -428,3 +428,21 @@ def test_frozen_and_added_parameters() -> None:
     model[0].weight.requires_grad_(True)
     optimizer.step_on(loss_of(model), batch())
     assert not torch.equal(before[0].weight, model[0].weight)
+
+
+def test_autocast_may_be_around_the_step() -> None:
+    """It keeps copies of the weights, which have moved when the step is tried."""
+    losses = []
+    for outside in (True, False):
+        model = network().float()
+        inputs, labels = batch()
+
+        def loss(data: tuple[Tensor, Tensor], model: nn.Module = model) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.cross_entropy(model(data[0]).float(), data[1])
+
+        optimizer = TrustRegionNewtonCG(model, radius=0.5)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                losses.append(float(optimizer.step_on(loss, (inputs.float(), labels))))
+    assert losses[:4] == losses[4:] and losses[3] < losses[0]
