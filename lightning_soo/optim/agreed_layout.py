@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -33,11 +34,13 @@ class TrainingRanks:
         engine: str | None,
         process_group: dist.ProcessGroup | None,
         timeout: float | None,
+        device: torch.device | None = None,
     ) -> Transport:
         """Collectives among them: of the group that is given, else of the model's (DDP), else of the default group.
 
         Args:
             timeout: seconds that a collective may take; None is the process group's own.
+            device: what this rank trains on.
 
         Raises:
             ValueError: an engine that cannot be asked for.
@@ -50,7 +53,7 @@ class TrainingRanks:
             process_group = None  # a reference would keep it alive beyond destroy_process_group
         self.engine = engine or self.engine
         self.process_group = process_group or self.process_group
-        return Transport(self.process_group, enabled=self.engine != "single", timeout=timeout)
+        return Transport(self.process_group, enabled=self.engine != "single", timeout=timeout, device=device)
 
 
 def agree_on_layout(

@@ -15,7 +15,7 @@ from lightning_soo.checkpoint.block_store import BlockStore
 from lightning_soo.optim.agreed_layout import TrainingRanks, agree_on_layout, group_entries
 from lightning_soo.optim.assembly import Assembly
 from lightning_soo.optim.members import Member, make_members
-from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_repeated, validate_group
+from lightning_soo.optim.options import GROUP_OPTIONS, ShampooOptions, refuse_plain_sum, refuse_repeated, validate_group
 from lightning_soo.optim.plannable import PlannableOptimizer
 from lightning_soo.optim.refreshing import Refresher, make_schedule
 from lightning_soo.optim.stacking import Stacks
@@ -94,7 +94,9 @@ class PlannedOptimizer(PlannableOptimizer):
         if model is not None:
             self.remember(model)
         options = self.options
-        self._transport = self._ranks.connect(model, engine, process_group, options.collective_timeout)
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        device = next((parameter.device for parameter in every if parameter.device.type != "cpu"), None)
+        self._transport = self._ranks.connect(model, engine, process_group, options.collective_timeout, device)
         layout, table = agree_on_layout(
             self._transport,
             self._read_layout,
@@ -129,7 +131,7 @@ class PlannedOptimizer(PlannableOptimizer):
         )
         self._prepare_members(plan, layout, members)
         blocks = {block.block.key: block for member in members for block in member.blocks}
-        background = self._make_background(plan, blocks) if self._refresher is None else self._refresher.background
+        background = self._make_background(plan, blocks)
         refresher = Refresher(
             plan=plan,
             blocks=blocks,
@@ -157,9 +159,10 @@ class PlannedOptimizer(PlannableOptimizer):
         """For methods that keep more than blocks."""
 
     def _make_background(self, plan: Plan, blocks: Mapping[str, KroneckerBlock]) -> Background:
+        """Workers for the plan's refreshes; those that there are stay where they would be chosen again."""
         options, transport = self.options, self._transport
         on_cpu = any(block.device.type == "cpu" for block in blocks.values())
-        ranks = transport.ranks_on_this_machine()
+        ranks = transport.ranks_on_these_cores()
         mine = [unit.block for unit in plan.units if unit.refresher == transport.rank]
 
         def make() -> Executor:
@@ -173,7 +176,11 @@ class PlannedOptimizer(PlannableOptimizer):
             )
             return executor
 
-        return Background(make)
+        if self._refresher is None:
+            return Background(make)
+        self._refresher.drain()  # whose results have come no worker is needed for
+        self._refresher.background.choose_again(make)
+        return self._refresher.background
 
     def _current_signature(self) -> tuple[object, ...]:
         """Changes when parameters are added, replaced, frozen or unfrozen: then the plan is built anew."""
@@ -227,7 +234,9 @@ class PlannedOptimizer(PlannableOptimizer):
                 f"parameter group {len(self.param_groups)}: {fixed[0]!r} holds for the whole optimizer; a group may "
                 f"set {', '.join(GROUP_OPTIONS)}, and overrides=[...] changes block options by parameter name"
             )
-        validate_group({**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}")
+        group, where = {**self.defaults, **param_group}, f"parameter group {len(self.param_groups)}"
+        validate_group(group, where)
+        refuse_plain_sum(self.options, group, where)
         super().add_param_group(param_group)
         refuse_repeated(self.param_groups)
         self._constructed |= {id(parameter) for parameter in self.param_groups[-1]["params"]}

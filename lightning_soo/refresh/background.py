@@ -34,6 +34,16 @@ class Background:
     def restarts(self) -> int:
         return 0 if self._executor is None else self._executor.restarts
 
+    def choose_again(self, make_executor: Callable[[], Executor]) -> None:
+        """Other workers from now on, where another kind or number is right; no result may be outstanding."""
+        self._make_executor = make_executor
+        if self._executor is None:
+            return
+        other = make_executor()
+        if (other.kind, other.count) != (self._executor.kind, self._executor.count):
+            self.close()
+            self._executor = other
+
     def submit(self, key: Key, job: Job, tensors: Sequence[Tensor]) -> None:
         """Start a job on ``tensors`` as they are now; on a device it starts when their copy has arrived.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Sized
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_soo.refresh.jobs import Job, JobResult, join, one_blas_thread, pieces_of, run_job
 
@@ -23,9 +24,11 @@ class Executor(Protocol):
     Attributes:
         queued: jobs whose result is not known yet.
         restarts: workers that were replaced.
+        count: workers.
     """
 
     kind: str
+    count: int
     restarts: int
 
     @property
@@ -48,6 +51,7 @@ class InlineExecutor:
     """Runs each job where it is submitted: the training step waits."""
 
     kind = "inline"
+    count = 1
 
     def __init__(self) -> None:
         self._results: dict[Hashable, JobResult] = {}
@@ -109,12 +113,13 @@ class ThreadExecutor:
     def __init__(self, count: int = 1, deadline: float = 120.0, *, deferred: bool = False) -> None:
         """Args: deadline: seconds to wait for a late result before computing it in the calling thread instead."""
         self.kind = "deferred" if deferred else "thread"
-        self._count = count
+        self.count = count
         self._deadline = deadline
         self._waiting: list[tuple[_Parts, Job]] = []  # deferred, and no result asked for yet
         self._queue: queue.SimpleQueue[tuple[Future[JobResult], Job] | None] = queue.SimpleQueue()
         self._pending: dict[Hashable, tuple[_Parts, Job]] = {}
         self._threads: list[threading.Thread] = []
+        self._finalizer: weakref.finalize[..., Any] | None = None
         self.restarts = 0
 
     @property
@@ -129,10 +134,13 @@ class ThreadExecutor:
             self._queue = queue.SimpleQueue()
             self._threads = [
                 threading.Thread(target=_work, args=(self._queue,), name=f"lightning_soo refresh {number}", daemon=True)
-                for number in range(self._count)
+                for number in range(self.count)
             ]
             for thread in self._threads:
                 thread.start()
+            # of an optimizer that is dropped without close()
+            self._finalizer = weakref.finalize(self, _end, self._queue, self.count, self._pending)
+            self._finalizer.atexit = False
         one_blas_thread.acquire()
         job = replace(job, arrays=tuple(array.copy() for array in job.arrays))
         parts = _Parts()
@@ -161,17 +169,20 @@ class ThreadExecutor:
     def _run_waiting(self) -> None:
         """Run all deferred jobs and wait for them: none is left beside training."""
         waiting, self._waiting = self._waiting, []
-        share = sum(job.cost for _, job in waiting) / self._count
+        share = sum(job.cost for _, job in waiting) / self.count
         started = [
             (parts.add(), piece)
             for parts, job in waiting
-            for piece in (pieces_of(job) if self._count > 1 and job.cost > share / _PIECES else [job])
+            for piece in (pieces_of(job) if self.count > 1 and job.cost > share / _PIECES else [job])
         ]
         for item in sorted(started, key=lambda item: -item[1].cost):  # the longest first
             self._queue.put(item)
         wait([future for future, _ in started], timeout=self._deadline)
 
     def close(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
         unfinished = len(self._pending)
         for parts, _ in self._pending.values():
             parts.cancel()
@@ -184,6 +195,14 @@ class ThreadExecutor:
         self._threads = []
         for _ in range(unfinished):
             one_blas_thread.release()
+
+
+def _end(jobs: queue.SimpleQueue[Any], threads: int, pending: Sized) -> None:
+    """Let threads go, and whatever the unfinished jobs have held."""
+    for _ in range(threads):
+        jobs.put(None)
+    for _ in range(len(pending)):
+        one_blas_thread.release()
 
 
 def _work(jobs: queue.SimpleQueue[tuple[Future[JobResult], Job] | None]) -> None:

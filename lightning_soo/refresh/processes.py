@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import subprocess
@@ -87,7 +88,7 @@ class ProcessExecutor:
             cpus: cores the workers are pinned to, in turn; None leaves them to the system.
             nice: lowers their priority.
         """
-        self._count, self._deadline, self._max_restarts = count, deadline, max_restarts
+        self.count, self._deadline, self._max_restarts = count, deadline, max_restarts
         self._cpus, self._nice = list(cpus or ()), nice
         self._environment = {name: str(threads) for name in _THREAD_VARIABLES}
         self._arena: Arena | None = None
@@ -185,7 +186,7 @@ class ProcessExecutor:
         if self._arena is None:
             self._arena = Arena()
             self.restarts = 0
-        while len(self._workers) < self._count and self.restarts <= self._max_restarts:
+        while len(self._workers) < self.count and self.restarts <= self._max_restarts:
             self._workers.append(self._spawn(len(self._workers)))
         if self._finalizer is None:
             self._finalizer = weakref.finalize(self, _stop_all, self._workers, self._arena)
@@ -232,7 +233,7 @@ class ProcessExecutor:
     def _read(self, worker: _Worker, timeout: float) -> None:
         assert worker.process.stdout is not None
         descriptor = worker.process.stdout.fileno()
-        while select.select([descriptor], [], [], max(0.0, timeout))[0]:
+        while _is_readable(descriptor, max(0.0, timeout)):
             timeout = 0.0
             part = os.read(descriptor, 65536)
             if not part:
@@ -284,6 +285,13 @@ class ProcessExecutor:
             self._finalizer.detach()
             self._finalizer = None
         self._workers, self._tasks, self._arena = [], {}, None
+
+
+def _is_readable(descriptor: int, timeout: float) -> bool:
+    """Whether there is something to read, or its end, within ``timeout`` seconds. Of any number, unlike ``select``."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(math.ceil(1000 * timeout)))
 
 
 def _stop(process: subprocess.Popen[bytes], kill: bool = False) -> None:

@@ -30,10 +30,11 @@ class WorkerOptions:
         kind: ``"inline"`` (in the step that starts them), ``"deferred"`` (in the first step that needs one of them, all
             that have come at once, while training waits), ``"thread"`` (background threads), ``"process"`` (background
             processes), or ``"auto"``: inline for tiny blocks, processes where cores are spare, else deferred.
-        count: how many; None is one background thread, as many processes as there are spare cores, and all cores of
-            this rank where the step waits anyway.
+        count: how many for each rank; None is one background thread, as many processes as there are spare cores, and
+            all cores of this rank where the step waits anyway.
         threads_per_worker: BLAS threads of a worker process; with more than one the last bits of a root depend on it.
-        cpus: cores that worker processes are pinned to, in turn; None leaves them to the system.
+        cpus: cores that worker processes are pinned to, in turn, the same for every rank: for one rank on a machine;
+            None leaves them to the system.
         nice: lowers the priority of worker processes.
         deadline: seconds a result that is due is waited for before its worker is replaced. Other ranks wait meanwhile,
             so it must be less than a third of ``collective_timeout``; None is 120, or a quarter of that where it is

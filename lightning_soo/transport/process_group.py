@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class Transport:
         enabled: bool = True,
         timeout: float | None = None,
         clock: Clock | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -72,6 +74,7 @@ class Transport:
             enabled: False is a single process whatever is initialised.
             timeout: seconds that a collective may take; None is the process group's own.
             clock: the step that messages name; None begins one.
+            device: what this rank trains on; for NCCL, None is the current one.
         """
         active = enabled and dist.is_available() and dist.is_initialized()
         self._group = group if active else None
@@ -81,7 +84,8 @@ class Transport:
         self.sent: Counter[str] = Counter()
         self._device = torch.device("cpu")
         if self.size > 1 and "nccl" in str(dist.get_backend(group)) and "gloo" not in str(dist.get_backend(group)):
-            self._device = torch.device("cuda", torch.cuda.current_device())
+            own = device if device is not None and device.type == "cuda" else None
+            self._device = own or torch.device("cuda", torch.cuda.current_device())
         self._asked, self._clock = timeout, clock or Clock()
         self._waiting: Waiting | None = None
         if self.size > 1:
@@ -104,7 +108,7 @@ class Transport:
 
     def over(self, group: dist.ProcessGroup | None, *, enabled: bool = True) -> Transport:
         """The same over another group. Local."""
-        return Transport(group, enabled=enabled, timeout=self._asked, clock=self._clock)
+        return Transport(group, enabled=enabled, timeout=self._asked, clock=self._clock, device=self._device)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -247,10 +251,14 @@ class Transport:
         self._wait(dist.all_gather(gathered, mine, group=self._group, async_op=True), purpose, "all_gather")
         return [row.tolist() for row in gathered]
 
-    def ranks_on_this_machine(self) -> int:
-        """How many ranks share this machine's cores; launchers do not all say it in the environment."""
-        machine = int.from_bytes(hashlib.sha256(platform.node().encode()).digest()[:7], "big")
-        return self.all_gather_integers([machine], "the machine of every rank").count([machine])
+    def ranks_on_these_cores(self) -> int:
+        """How many ranks share the cores that this one may use: all of this machine's, unless each is bound to its own.
+
+        Launchers do not all say it in the environment.
+        """
+        bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        cores = int.from_bytes(hashlib.sha256(f"{platform.node()} {bound}".encode()).digest()[:7], "big")
+        return self.all_gather_integers([cores], "the cores of every rank").count([cores])
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)

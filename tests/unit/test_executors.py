@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from worker_jobs import ROOT, root_job, wait_until
 from lightning_soo import SOAP, Shampoo
 from lightning_soo.refresh import executors
 from lightning_soo.refresh.executors import InlineExecutor, ThreadExecutor
-from lightning_soo.refresh.jobs import Job, JobResult, run_job
+from lightning_soo.refresh.jobs import Job, JobResult, one_blas_thread, run_job
 
 Array = npt.NDArray[Any]
 
@@ -167,3 +168,32 @@ def test_a_late_piece_is_computed_in_the_training_thread(
     deferred.close()
     assert "refresh of a not ready" in caplog.text
     assert all(np.array_equal(one, other) for one, other in zip(found.arrays, whole.arrays, strict=True))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_dropped_optimizers_threads_end_and_blas_is_as_before(deferred: bool) -> None:
+    users, threads = one_blas_thread._users, set(threading.enumerate())
+    executor = ThreadExecutor(2, deferred=deferred)
+    executor.submit(0, root_job(20, 0))
+    own = set(threading.enumerate()) - threads
+    assert one_blas_thread._users == users + 1 and len(own) == 2
+    del executor
+    gc.collect()
+    wait_until(lambda: not any(thread.is_alive() for thread in own))
+    assert one_blas_thread._users == users
+
+
+def test_a_refresh_of_a_parameter_that_is_frozen_meanwhile_holds_nothing() -> None:
+    users = one_blas_thread._users
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 3))
+    optimizer = Shampoo(
+        net, lr=1e-3, precondition_frequency=10, refresh_delay=5, start_preconditioning_step=1, workers="thread"
+    )
+    for step in range(4):
+        net[1].requires_grad_(step < 2)
+        optimizer.zero_grad()
+        net(torch.randn(8, 20)).square().mean().backward()
+        optimizer.step()
+    assert len(optimizer._refresher.in_flight) == 1 and one_blas_thread._users == users
+    optimizer.close()

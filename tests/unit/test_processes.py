@@ -138,3 +138,23 @@ def test_pinned_and_polite() -> None:
     assert os.sched_getaffinity(pid) == {core}
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
     executor.close()
+
+
+def test_pipes_may_have_numbers_above_those_of_select() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("no more than 2048 descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    executor = ProcessExecutor(1)
+    try:
+        executor.submit(0, root_job(20, 0))
+        executor.poll()
+        assert not executor.result(0).error
+    finally:
+        executor.close()
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import nn
 from lightning_soo import Shampoo, WorkerOptions
 from lightning_soo.refresh import workers
 from lightning_soo.refresh.cores import available_cores
+from lightning_soo.refresh.executors import InlineExecutor
 from lightning_soo.refresh.workers import Machine, make_executor
+from lightning_soo.transport import Transport
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_automatic_choice(
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     found, reason = make_executor(WorkerOptions(), machine, refresh_milliseconds=milliseconds, refresh_delay=delay)
     assert found.kind == kind and reason
-    assert getattr(found, "_count", 0) == count
+    assert found.count == (count if kind != "inline" else 1)
 
 
 def test_without_shared_memory_threads_are_used(
@@ -177,3 +180,44 @@ def test_a_result_that_was_saved_in_flight_is_used_in_the_dtype_of_the_run_that_
     assert {root.dtype for root in block.roots} == {torch.float32}
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_do_not_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = Transport()
+    shared, bound = range(8), {0: range(4), 1: range(4, 8)}
+
+    def gathered(of: Callable[[int], range]) -> int:
+        """Of rank 0, where the others say what they would."""
+        numbers = []
+        for rank in (1, 0):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, rank=rank: set(of(rank)))
+            monkeypatch.setattr(transport, "all_gather_integers", lambda own, what: numbers.append(own) or numbers)
+            found = transport.ranks_on_these_cores()
+        return found
+
+    assert gathered(lambda rank: shared) == 2
+    assert gathered(lambda rank: bound[rank]) == 1
+
+
+def test_parameters_that_are_unfrozen_get_workers_of_their_own() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4))
+    net[0].requires_grad_(False)
+    optimizer = Shampoo(net, lr=1e-3, max_factor_dim=None, precondition_frequency=2, start_preconditioning_step=1)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(torch.randn(8, 300)).square().mean().backward()
+            optimizer.step()
+
+    optimizer.attach()
+    optimizer._refresher.background._make_executor = InlineExecutor  # as for a head that takes no time
+    train(4)
+    net[0].requires_grad_(True)
+    train(4)
+    executor = optimizer._refresher.executor
+    assert executor.kind != "inline" and executor.kind.split()[0] in ("deferred", "process", "thread")
+    assert "in the step (all blocks" not in optimizer.plan_table()
+    assert all(block.ready for member in optimizer._members for block in member.blocks)
+    optimizer.close()
