@@ -187,6 +187,17 @@ class BlockStore:
         self.drain()
         return {"format": FORMAT, "complete": complete, **self._local()}
 
+    def restart(self) -> None:
+        """As if no gradient had been seen: what was loaded, kept or is in flight goes."""
+        self._loaded = self._consolidated = None
+        for block in self._blocks.values():
+            block.restart()
+        for member in self._members:
+            if member.run is not None:
+                member.run = type(member.run)()
+        if self._refresher is not None:
+            self._refresher.restore([])
+
     def load(self, saved: Mapping[str, Any]) -> None:
         """Keep checked state until :meth:`install` hands it to the blocks."""
         self._loaded, self._consolidated = saved, None
@@ -208,7 +219,7 @@ class BlockStore:
             block.signal = GradientSignal(**entry.get("signal", {}))  # format 1 began without
             block.roots = None
             if isinstance(block, EigenbasisBlock):
-                block.second_moment = None
+                block.second_moment, block.second_moment_weight = None, 0.0
                 if is_home and "moments" in entry:
                     block.second_moment = entry["moments"]["second"].to(
                         device=block.device, dtype=block.statistics_dtype, copy=True

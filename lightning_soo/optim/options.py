@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam", "adagrad_normalized", "rmsprop_normalized")
 WITH_SECOND_MOMENTS = GRAFTS[1:]
+_WITH_DECAY = ("rmsprop", "adam", "rmsprop_normalized")  # their second moment is a running mean
 GRAFT_NORMS = ("parameter", "block")
 NONFINITE = ("skip", "raise")
 BASES = ("eigh", "qr")
@@ -274,6 +275,25 @@ def validate_group(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"betas[1]={beta2} ({where}): must be in [0, 1]; 1 is the plain sum")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov=True ({where}): needs momentum above 0 and dampening=0")
+
+
+def refuse_plain_sum(options: ShampooOptions, group: Mapping[str, Any], where: str) -> None:
+    """``betas[1] = 1`` is a plain sum of statistics, but a second moment that never moves where it is a running mean.
+
+    Raises:
+        ValueError: it would be that of a graft, of SOAP or of what moves the rest.
+    """
+    own = options.grafting_beta2
+    found = next((name for name in (options.grafting, options.fallback) if name in _WITH_DECAY), None)
+    if found is None or (float(group["betas"][1]) if own is None else own) < 1:
+        return
+    if options.own_step_size:
+        raise ValueError(f"betas[1]={group['betas'][1]} ({where}): must be below 1 here, or second moments stay at 0")
+    said = f"betas[1]={group['betas'][1]} ({where})" if own is None else f"grafting_beta2={own}"
+    raise ValueError(
+        f"{said}: the second moment of {found!r}, the graft, would stay at 0: set grafting_beta2 below 1, or "
+        "grafting to 'adagrad', which is a plain sum, 'sgd' or None"
+    )
 
 
 def require_timeout(seconds: float | None) -> None:

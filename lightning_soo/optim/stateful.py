@@ -139,7 +139,7 @@ class StatefulOptimizer(PlannedOptimizer):
 
     def _load_adopted(self, rest: dict[str, Any], report: LoadReport) -> None:
         self._load_torch(rest)
-        self._awaits_blocks = False
+        self.restart_blocks()
         logger.info("a torch optimizer's state was taken over:\n%s", report)
 
     def _load_sharded(self, rest: dict[str, Any], adopts: bool) -> None:
@@ -191,8 +191,13 @@ class StatefulOptimizer(PlannedOptimizer):
         return report
 
     def restart_blocks(self) -> None:
-        """Go on with the moments that an engine has loaded, and collect statistics anew."""
+        """Go on with the moments as they are, and collect statistics anew, with the schedule from its beginning.
+
+        On every rank: what is in flight between them is brought to an end.
+        """
         self._awaits_blocks = False
+        self.steps = 0
+        self._store.restart()
 
     def _has_moved(self) -> bool:
         """Whether the moments that were loaded have seen a step."""
@@ -279,10 +284,16 @@ class StatefulOptimizer(PlannedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store.drain()
+        state = self._store.state_dict(self.steps, complete=True)
+        if any("outcome" not in row for row in state["in_flight"]):
+            raise RuntimeError(
+                "a copy needs the refreshes that other ranks have under way: call optimizer.consolidate(to=None) on "
+                "every rank before it is copied or pickled"
+            )
         return {
             **super().__getstate__(),
             "options": self.options,
-            "_copied": {"names": self.parameter_names(), **self._store.state_dict(self.steps, complete=True)},
+            "_copied": {"names": self.parameter_names(), **state},
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }

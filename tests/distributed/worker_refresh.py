@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -59,6 +60,31 @@ def train(rank: int, kill_every: int = 0, **options: Any) -> torch.Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
 
 
+def copy_with_refreshes_in_flight() -> None:
+    """A copy of one rank's optimizer lacks what the others have under way, until that is gathered."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = DistributedDataParallel(net)
+    optimizer = Shampoo(
+        model, lr=0.01, precondition_frequency=8, refresh_delay=6, start_preconditioning_step=2, stagger=False
+    )
+    optimizer.attach(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    assert optimizer._refresher.in_flight
+    try:
+        copy.deepcopy(optimizer)
+    except RuntimeError as error:
+        assert "consolidate(to=None)" in str(error), error
+    else:
+        raise AssertionError("a copy without the other rank's refreshes")
+    optimizer.consolidate(to=None)
+    copy.deepcopy((net, optimizer))[1].close()
+    optimizer.close()
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -73,6 +99,8 @@ def main(out: Path) -> None:
         with_function("")
     killed = {"kind": "process", "count": 1, "max_restarts": 100}
     assert torch.equal(train(rank, kill_every=5, workers=killed), reference)
+
+    copy_with_refreshes_in_flight()
 
     # one block fails on the one rank that refreshes it: all ranks raise the same error at the same step
     with_function("late_functions:failing_roots")

@@ -262,6 +262,21 @@ def test_row_25_adamws_state_is_taken_on_request() -> None:
     torch.testing.assert_close(weights(other), weights(model), rtol=1e-12, atol=1e-12)
 
 
+def test_what_is_adopted_begins_anew_in_an_optimizer_that_has_stepped_too() -> None:
+    model, _ = build("Shampoo", OPTIONS["Shampoo"])
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    train(model, adamw, range(5))
+    ends = []
+    for earlier in (0, 7):
+        other, optimizer = build("Shampoo", OPTIONS["Shampoo"])
+        train(other, optimizer, range(earlier))
+        other.load_state_dict(model.state_dict())
+        optimizer.load_state_dict(deepcopy(adamw.state_dict()), adopt=True)
+        train(other, optimizer, range(5, 14))
+        ends.append(weights(other))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 class Net(nn.Sequential):
     def __init__(self, *, middle: str = "1", hidden: int = 10, frozen: bool = False, further: bool = False) -> None:
         super().__init__()

@@ -258,6 +258,33 @@ def test_row_49_tied_and_repeated_parameters(method: str) -> None:
             assert len(optimizer.param_groups) == 1
 
 
+def test_plain_sums_of_statistics_move_with_a_graft_that_goes_with_them() -> None:
+    for options in ({"grafting": "adagrad"}, {"grafting": "sgd"}, {"grafting_beta2": 0.999}, {"grafting": None}):
+        net = small_net().double()
+        optimizer = make("shampoo", net, betas=(0.9, 1.0), **options)
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        for step in range(4):
+            optimizer.zero_grad()
+            net(batch(step)).square().mean().backward()
+            optimizer.step()
+        assert optimizer.skipped_steps == 0
+        assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["shampoo", "soap", "sonew"])
+@pytest.mark.parametrize("width", [3, 5])
+def test_two_parameters_of_one_name_are_refused(method: str, width: int) -> None:
+    """Twin networks, each of which names its own."""
+    first, second = nn.Linear(4, 3), nn.Linear(4, width)
+    both = [*first.named_parameters(), *second.named_parameters()]
+    with pytest.raises(ValueError, match=r"two parameters are named 'weight'.*give names of your own"):
+        make(method, both).attach()
+    named = [
+        (f"{number}.{name}", p) for number, net in enumerate((first, second)) for name, p in net.named_parameters()
+    ]
+    make(method, named).attach()
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -531,9 +558,13 @@ REFUSED: dict[str, list[tuple[str, Any, str]]] = {
         ("preconditioner_eps", -1.0, "-1.0"), ("exponent_override", NAN, "nan"), ("grafting_beta2", NAN, "nan"),
         ("exponent_override", "k", "did you mean '2k'"),
         ("precondition_frequency", 0, "0"), ("refresh_delay", -1, "-1"), ("max_preconditioner_dim", 0, "0"),
-        ("grafting", "adan", "did you mean 'adam'"),
+        ("grafting", "adan", "did you mean 'adam'"), ("betas", (0.9, 1.0), "grafting_beta2 below 1"),
+        ("grafting_beta2", 1.0, "'adagrad', which is a plain sum"),
     ],
-    "soap": [("precondition_frequency", 0, "0"), ("basis", "eig", "did you mean 'eigh'")],
+    "soap": [
+        ("precondition_frequency", 0, "0"), ("basis", "eig", "did you mean 'eigh'"),
+        ("betas", (0.9, 1.0), "must be below 1"),
+    ],
     "sonew": [
         ("gamma", NAN, "nan"), ("gamma", 1.0, "1.0"), ("bandwidth", -1, "-1"), ("preconditioner_eps", NAN, "nan"),
     ],

@@ -180,3 +180,21 @@ def test_it_beats_adamw_where_curvature_is_not_along_axes() -> None:
     soap = min(loss_after(SOAP, lr, **options) for lr in rates)
     adamw = min(loss_after(torch.optim.AdamW, lr, betas=(0.9, 0.95), weight_decay=0.0) for lr in rates)
     assert soap < 0.5 * adamw
+
+
+def test_a_rollback_to_before_the_first_gradient_is_a_fresh_start() -> None:
+    def run(rolled_back: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Linear(6, 4).double()
+        optimizer = SOAP(net, lr=0.01, precondition_frequency=4)
+        optimizer.attach()
+        start = copy.deepcopy({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+        if rolled_back:
+            train(optimizer, net, 9)
+            net.load_state_dict(start["net"])
+            optimizer.load_state_dict(start["optimizer"])
+        train(optimizer, net, 9)
+        return list(net.parameters())
+
+    for one, other in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, other)

@@ -35,12 +35,24 @@ def class_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def group_parameters(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> list[tuple[Tensor, int, str]]:
-    """Every parameter of the groups with its group's number and its name; ``group0.3`` where it never had one."""
+    """Every parameter of the groups with its group's number and its name; ``group0.3`` where it never had one.
+
+    Raises:
+        ValueError: two parameters of one name: blocks, checkpoints and overrides go by names.
+    """
     known = model_names(model)
     found = []
+    owners: dict[str, tuple[Tensor, int]] = {}
     for number, group in enumerate(groups):
         given = group.get("param_names")
         for index, parameter in enumerate(group["params"]):
             name = known.get(id(parameter)) or (canonical_name(given[index]) if given else f"group{number}.{index}")
+            other, elsewhere = owners.setdefault(name, (parameter, number))
+            if other is not parameter:
+                raise ValueError(
+                    f"two parameters are named {name!r} (of parameter groups {elsewhere} and {number}, shapes "
+                    f"{tuple(other.shape)} and {tuple(parameter.shape)}): give names of your own, as "
+                    f"[(f'first.{{name}}', parameter) for name, parameter in model.named_parameters()]"
+                )
             found.append((parameter, number, name))
     return found
