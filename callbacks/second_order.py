@@ -87,7 +87,8 @@ class SecondOrder(Callback):
 
     def take_over(self, optimizer: torch.optim.Optimizer, pl_module: pl.LightningModule) -> None:
         """Convert one optimizer in place, unless it is second-order already."""
-        take_over(optimizer, self.method, dict(self.options), pl_module)
+        found = take_over(optimizer, self.method, dict(self.options), pl_module)
+        found.adopts = found.adopts or self.adopt
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the plan for the model as it is wrapped now, before a checkpoint is loaded."""
@@ -97,7 +98,6 @@ class SecondOrder(Callback):
         if is_ours(trainer.strategy):
             return  # it has attached them
         for optimizer in found:
-            optimizer.adopts = self.adopt
             optimizer.attach(trainer.strategy.model, None if trainer.world_size > 1 else "single")
             if isinstance(trainer.strategy.model, DistributedDataParallel):
                 optimizer.remember(pl_module)  # which outlives the wrapper

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_soo.naming import nearest
 
-SHARED = ("common", "launch")  # folders that recipes use and that are none themselves
+SHARED = ("common", "launch", "plans")  # folders that recipes use and that are none themselves
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "results", "*.csv")
 
 

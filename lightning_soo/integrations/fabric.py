@@ -56,7 +56,7 @@ def setup(
                 )
             continue
         chosen = given or load_config()
-        take_over(optimizer, chosen.method, dict(chosen.options), module)
+        take_over(optimizer, chosen.method, dict(chosen.options), module).adopts = chosen.adopt
     for optimizer in optimizers:
         optimizer.data_workers = data_workers
         if isinstance(optimizer, LayeredOptimizer):

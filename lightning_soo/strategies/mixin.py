@@ -100,7 +100,7 @@ class SecondOrderStrategyMixin(PortableCheckpoints):
                 take_over(optimizer, self.method, dict(self.options), self.lightning_module)
         self.second_order_optimizers = [one for one in optimizers if isinstance(one, SecondOrderOptimizer)]
         for optimizer in self.second_order_optimizers:
-            optimizer.adopts = self.adopt
+            optimizer.adopts = optimizer.adopts or self.adopt  # a callback may have asked for it
 
     def attach_optimizers(self) -> None:
         """Build the plans for the model as the engine has wrapped it: after ``setup``, before training and loading."""

@@ -23,9 +23,10 @@ from lightning_soo.checkpoint.store import is_store
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 WORKER = Path(__file__).parent / "trainer_worlds.py"
+ADOPTING = ["ddp:adamw-1", "fsdp2:adamw-1"]
 # one world after the other; what a world reads was written before it
 WORLDS = [
-    (2, ["fsdp2", "ddp", "fsdp", "fsdp-sharded", "fsdp2:auto-1", "fsdp:auto-1", "ddp:fsdp2-2"]),
+    (2, ["fsdp2", "ddp", "fsdp", "fsdp-sharded", "fsdp2:auto-1", "fsdp:auto-1", "ddp:fsdp2-2", *ADOPTING]),
     (3, ["fsdp2:fsdp2-2", "fsdp:fsdp2-2", "ddp:ddp-2", "fsdp2:ddp-2", "stock-ddp:fsdp-sharded-2", "ddp:fsdp-2"]),
 ]
 if HAS_DEEPSPEED:
@@ -51,6 +52,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of every world; ``auto-1`` is the run of one process that nothing interrupts."""
     folder = tmp_path_factory.mktemp("worlds")
     fit("auto", folder / "auto-1", callback={})
+    fit("auto", folder / "adamw-1", epochs=1)
     for ranks, tasks in WORLDS:
         torchrun(WORKER, ranks, folder, *tasks)
     return folder
@@ -58,8 +60,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_end_where_one_process_ends(out: Path) -> None:
     expected = weights(out / "auto-1" / "epoch=1.ckpt")
-    runs = sorted(path.name for path in out.iterdir())
-    assert len(runs) == 1 + sum(len(tasks) for _, tasks in WORLDS)
+    runs = sorted(path.name for path in out.iterdir() if "adamw-1" not in path.name)
+    assert len(runs) == 1 + sum(len(tasks) for _, tasks in WORLDS) - len(ADOPTING)
     for run in runs:
         found = weights(out / run / "epoch=1.ckpt")
         assert set(found) <= set(expected) and len(found) >= len(expected) - 1, run  # the tied one has one name
@@ -138,6 +140,17 @@ def test_a_first_order_checkpoint_is_taken_on_request(tmp_path: Path) -> None:
     plain = fit("auto", tmp_path / "plain", path=path, model=Model(seed=9))
     for name, value in taken.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_callback_adopts_under_strategies_of_ours_too(out: Path, tmp_path: Path) -> None:
+    path = out / "adamw-1" / "epoch=0.ckpt"
+    expected = fit("auto", tmp_path, path=path, model=Model(seed=5), callback={"adopt": True}).state_dict()
+    for run in ADOPTING:
+        engine, source = run.split(":")
+        found = weights(out / f"{engine}-2-from-{source}" / "epoch=1.ckpt")
+        assert len(found) >= len(expected) - 1
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=f"{run}: {name}")
 
 
 def test_weights_of_a_file_need_nothing_of_ours(out: Path) -> None:

@@ -118,7 +118,10 @@ def fit(
 
 
 def main(out: Path, tasks: list[str]) -> None:
-    """Args: tasks: ``engine`` trains two epochs; ``engine:name`` goes on from the first epoch of ``name``."""
+    """Args: tasks: ``engine`` trains two epochs; ``engine:name`` goes on from the first epoch of ``name``.
+
+    What goes on from AdamW's, ``adamw-1``, adopts it.
+    """
     from launching import leave
 
     torch.set_num_threads(1)
@@ -129,7 +132,8 @@ def main(out: Path, tasks: list[str]) -> None:
             fit(engine, out / name, callback={})
             continue
         folder = out / f"{name}-from-{source[0]}"
-        fit(engine, folder, path=out / source[0] / "epoch=0.ckpt", model=Model(seed=5), callback={})
+        adopt = {"adopt": True} if source[0] == "adamw-1" else {}
+        fit(engine, folder, path=out / source[0] / "epoch=0.ckpt", model=Model(seed=5), callback=adopt)
     leave()
 
 

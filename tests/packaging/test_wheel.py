@@ -66,3 +66,4 @@ print(len(names), lightning_soo.__version__)
     assert int(python("-c", program, cwd=tmp_path).split()[0]) > 20
     train = Path("recipes") / "sharded" / "train.py"
     assert (tmp_path / train).read_bytes() == (ROOT / train).read_bytes()
+    assert (tmp_path / "recipes" / "plans" / "llama3_8b.json").is_file()

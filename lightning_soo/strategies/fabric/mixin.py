@@ -77,7 +77,7 @@ class FabricSecondOrderMixin(FabricCheckpoints):
         """Build its plan for the model as the engine has wrapped it, once."""
         if isinstance(optimizer, SecondOrderOptimizer) and optimizer not in self.second_order_optimizers:
             self.second_order_optimizers.append(optimizer)
-            optimizer.adopts = self.adopt
+            optimizer.adopts = optimizer.adopts or self.adopt
             optimizer.attach(wrapped, self.engine)
             rank_zero_info(optimizer.plan_table())
 
