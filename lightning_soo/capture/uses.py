@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from lightning_soo.capture.factors import FactorSums, Statistics
 from lightning_soo.capture.layers import Layer
 from lightning_soo.capture.parameters import find_tensor
+
+_DEPTH = 8  # operations from a weight to the output of its module: a cast, views, the product
 
 
 class Use:
@@ -40,10 +42,9 @@ class Use:
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             self._inputs = [layer.rule.input_sums(module, layer.part, values, batch, how) for layer in layers]
         self._values = values if any(layer.rule.needs_input for layer in layers) else None
-        # as this pass has them: FSDP puts other tensors in their place for its time
         names = {name for layer in layers for name in (layer.part.weight, layer.part.bias) if name is not None}
         trained = [tensor for tensor in (find_tensor(module, name) for name in names) if tensor.requires_grad]
-        self._nodes = [get_gradient_edge(tensor).node for tensor in trained]
+        self._nodes = _among_sources(result, [get_gradient_edge(tensor).node for tensor in trained])
 
     def is_for_weights(self) -> bool:
         """Whether the backward pass that goes on asks for the gradient of a weight or bias of this use.
@@ -51,6 +52,8 @@ class Use:
         One that is for an input (a penalty or an equation with derivatives by it, an adversarial example) says
         nothing about how the loss depends on the weights.
         """
+        if not self._nodes:  # it cannot be told
+            return True
         try:
             return any(torch._C._will_engine_execute_node(node) for node in self._nodes)
         except RuntimeError:  # torch.autograd.grad by a leaf: this one
@@ -71,6 +74,18 @@ class Use:
         """Commit this use to the sums of its layers."""
         for layer, (inputs, positions), gradient in zip(self._layers, self._inputs, gradients, strict=True):
             sums[layer.name].add(inputs, positions, gradient)
+
+
+def _among_sources(result: Tensor, nodes: Sequence[Node]) -> list[Node]:
+    """Those of ``nodes`` that are a few operations above ``result``.
+
+    Others are of tensors that an engine has put in the place of those that the module was computed with.
+    """
+    found, reached = [], [result.grad_fn]
+    for _ in range(_DEPTH):
+        found += [node for node in nodes if node in reached and node not in found]
+        reached = list({above: None for node in reached if node is not None for above, _ in node.next_functions})
+    return found
 
 
 def source(result: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_soo.checkpoint.pieces import Piece
 from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS
 from lightning_soo.checkpoint.trees import take_apart
 from lightning_soo.checkpoint.weights import BUFFER, MODEL
+from lightning_soo.placement.fragments import canonical_name
 
 
 class Source(Protocol):
@@ -119,12 +120,16 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def single_file(
-    path: str | os.PathLike[str], checkpoint: Mapping[str, Any], aliases: Collection[str] = ()
+    path: str | os.PathLike[str],
+    checkpoint: Mapping[str, Any],
+    aliases: Collection[str] = (),
+    names: Sequence[Sequence[str]] = (),
 ) -> MemorySource:
     """One file of Lightning's (``state_dict``, ``optimizer_states``), as if it were a folder.
 
     Args:
         aliases: further names of parameters that are known by another one (tied weights).
+        names: of the parameters of each optimizer, for the state of a torch optimizer that was given none.
 
     Raises:
         CheckpointError: optimizer states whose parameters have no names.
@@ -135,20 +140,29 @@ def single_file(
     beside = checkpoint.get(PRECONDITIONERS, ())
     for number, state in enumerate(checkpoint.get("optimizer_states", ())):
         blocks = state["second_order"] if "second_order" in state else beside[number] if beside else None
-        names = None if blocks is None else list(blocks["names"])
-        content, moments = _optimizer(number, state, names, weights)
+        own = (
+            _names_in(state, names[number] if number < len(names) else ()) if blocks is None else list(blocks["names"])
+        )
+        content, moments = _optimizer(number, state, own, weights)
         tree, pieces = take_apart(blocks, f"optimizer.{number}/blocks")
         contents.append({**content, "blocks": tree})
         tensors |= moments | {piece.key: piece.tensor for piece in pieces}
     return MemorySource(str(path), {"optimizers": contents, "weights": {}, "extra": {}}, tensors)
 
 
+def _names_in(state: Mapping[str, Any], otherwise: Sequence[str]) -> list[str]:
+    """Of a torch optimizer's parameters: what it was given, else what an engine has put in place of their numbers."""
+    given = [canonical_name(name) for group in state["param_groups"] for name in group.get("param_names", ())]
+    numbers = [index for group in state["param_groups"] for index in group["params"]]
+    if not given and all(isinstance(number, str) for number in numbers):
+        given = [canonical_name(number) for number in numbers]
+    return given or list(otherwise)
+
+
 def _optimizer(
-    number: int, state: Mapping[str, Any], names: Sequence[str] | None, weights: Mapping[str, Tensor]
+    number: int, state: Mapping[str, Any], names: Sequence[str], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     numbers = [index for group in state["param_groups"] for index in group["params"]]
-    if names is None:
-        names = [name for group in state["param_groups"] for name in group.get("param_names", ())]
     if len(names) != len(numbers):
         raise CheckpointError(
             f"optimizer {number} was saved with {len(numbers)} parameters, of which {len(names)} have names: build it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,13 @@ from lightning_soo.checkpoint.report import LoadReport, compare_parameters
 from lightning_soo.checkpoint.trees import put_together, take_apart
 from lightning_soo.checkpoint.weights import MODEL
 from lightning_soo.optim.gathered import GatheredOptimizer
+from lightning_soo.optim.grafting import MOMENTS
 from lightning_soo.optim.stateful import StatefulOptimizer
+from lightning_soo.optim.torch_states import settings_of
 from lightning_soo.placement.fragments import Fragment, to_local
 from lightning_soo.transport import entries_of
 
+logger = logging.getLogger(__name__)
 Portable = StatefulOptimizer | GatheredOptimizer
 
 
@@ -92,7 +96,13 @@ def want(
     if len(content["groups"]) != len(optimizer._groups()):
         report.ignored["parameter groups"] = f"{len(content['groups'])} there, {len(optimizer._groups())} here"
     blocks, block_pieces = None, list[Piece]()
-    if isinstance(optimizer, StatefulOptimizer):
+    adopts = isinstance(optimizer, StatefulOptimizer) and content.get("blocks") is None
+    if adopts and not getattr(optimizer, "adopts", False):
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer than this {name}: adopt=True (of the SecondOrder callback or the "
+            "strategy), or adopt: true in a configuration, takes the moments of AdamW or SGD and begins preconditioners"
+        )
+    if isinstance(optimizer, StatefulOptimizer) and not adopts:
         shapes = {key: (array.shape, array.torch_dtype) for key, array in arrays.items()}
         blocks, block_pieces = put_together(optimizer.blocks_fitting(content["blocks"], same, report, shapes), shapes)
     report.taken += [name for name in here if name in same]
@@ -109,6 +119,8 @@ def want(
         prefix = f"optimizer.{number}/moment/{fragment.name}/"
         for key in (key for key in arrays if key.startswith(prefix)):
             field = key.removeprefix(prefix)
+            if adopts and field not in MOMENTS:
+                continue
             known = optimizer.state[fragment.tensor].get(field) if fragment.tensor in optimizer.state else None
             if known is None:
                 known = next((one for tensor, other, one in made if tensor is fragment.tensor and other == field), None)
@@ -127,8 +139,13 @@ def want(
             if fragment.name in same:
                 _take_counters(optimizer, fragment, content["state"].get(fragment.name, {}))
         for group, saved in zip(optimizer._groups(), content["groups"], strict=False):
-            _take_group(group, saved)
-        optimizer._has_taken(blocks)
+            _take_group(group, settings_of(group, saved) if adopts else saved)
+        if adopts:
+            assert isinstance(optimizer, StatefulOptimizer)
+            optimizer.restart_blocks()
+            logger.info("%s: moments go on, preconditioners start anew", name)
+        else:
+            optimizer._has_taken(blocks)
 
     return Wanted([*pieces, *block_pieces], install)
 

@@ -86,11 +86,12 @@ def adopted(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any], report: 
         optimizer, {**state_dict, "state": state}, names, [name for name, _ in here], with_options=False
     )
     for own, given in zip(found["param_groups"], state_dict["param_groups"], strict=False):
-        own |= _settings(own, given)
+        own |= settings_of(own, given)
     return found
 
 
-def _settings(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user has chosen for a torch optimizer's group, of what the group here has too."""
     return {name: given[name] for name in _SETTINGS if name in given and (name in own or name == "initial_lr")}
 
 
@@ -105,7 +106,7 @@ def with_own_options(optimizer: PlannedOptimizer, state_dict: Mapping[str, Any])
     groups = []
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         options = {name: value for name, value in own.items() if name != "params"}
-        groups.append({**options, **_settings(own, saved), "params": saved["params"]})
+        groups.append({**options, **settings_of(own, saved), "params": saved["params"]})
     return {**state_dict, "param_groups": groups}
 
 

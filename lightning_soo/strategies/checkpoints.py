@@ -117,7 +117,8 @@ class PortableCheckpoints(ParallelStrategy):
             return self._take(FolderSource(path), read_trainer_file(path))
         if path.is_file() and self.second_order_optimizers:
             whole = read_file(path)
-            source = single_file(path, whole, self._aliases())
+            names = [optimizer.parameter_names() for optimizer in self.second_order_optimizers]
+            source = single_file(path, whole, self._aliases(), names)
             if not self.preconditioners_travel_with_optimizer:
                 return self._take(source, whole)
             if self._is_fitting:  # Lightning hands it out, so that the module's hook may change it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -10,8 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import accelerate.state
 import pytest
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import in_one_process, namespace
@@ -54,8 +58,14 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "soo.yaml").write_text("method: shampoo\nprecondition_frequency: 20\nworkers: inline\n")
     document = sybil.Sybil(parsers=[PythonCodeBlockParser(), SkipParser()]).parse(page)
     document.namespace.update(namespace())
-    for example in document.examples():
-        example.evaluate()
+    try:
+        with mock.patch.dict(os.environ):  # in which launchers and engines leave ranks and addresses
+            for example in document.examples():
+                example.evaluate()
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @EVERY_PAGE

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from lightning_soo.strategies.fabric import FabricSecondOrderDDPStrategy
 
 @pytest.fixture(scope="module")
 def fabric() -> Iterator[Fabric]:
-    found = Fabric(accelerator="cpu", devices=1, strategy=FabricSecondOrderDDPStrategy(method=None))
-    found.launch()
-    yield found
-    dist.destroy_process_group()
+    with mock.patch.dict(os.environ):  # where a launch leaves an address
+        found = Fabric(accelerator="cpu", devices=1, strategy=FabricSecondOrderDDPStrategy(method=None))
+        found.launch()
+        yield found
+        dist.destroy_process_group()
 
 
 def build(fabric: Fabric, seed: int, kind: Any = lightning_soo.Shampoo) -> dict[str, Any]:
