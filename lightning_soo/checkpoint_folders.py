@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.errors import CheckpointError
+from lightning_soo.checkpoint.module_states import give_states, want_states
 from lightning_soo.checkpoint.pieces import Piece, Wanted
 from lightning_soo.checkpoint.report import LoadReport
 from lightning_soo.checkpoint.sources import FolderSource, Source
@@ -44,12 +45,13 @@ def save_checkpoint(
         optimizers: ours, of this model.
         extra: plain data (numbers, strings, lists, dictionaries) to be returned by :func:`load_checkpoint`; rank 0's.
         background: saves while training goes on, at the price of a copy of this rank's part.
-        files: called on rank 0 with the unfinished folder, to write further files into it.
+        files: called on rank 0 with the unfinished folder, to write further files into it; in the background when the
+            rest is written, so it must not look at what training changes.
         frozen: False leaves out weights that are not trained, of a pretrained model with adapters for instance: whoever
             loads the checkpoint has to have them already.
 
     Raises:
-        CheckpointError: parameters that no rank has given, or twice.
+        CheckpointError: parameters that no rank has given, or twice; a URL.
         TypeError: ``extra`` is not plain data.
     """
     listed = _listed(optimizers)
@@ -63,7 +65,9 @@ def save_checkpoint(
     known = {name for content in contents for name in content["parameters"]}
     weights, shapes = give_weights(model, known, transport, frozen=frozen)
     told = dict(extra or {}) if transport.rank == 0 else {}
-    content = {"optimizers": contents, "weights": shapes, "extra": told, "frozen": frozen}
+    states, kept = give_states(model) if transport.rank == 0 else ({}, [])
+    pieces += kept
+    content = {"optimizers": contents, "weights": shapes, "extra": told, "frozen": frozen, "states": states}
     options: dict[str, Any] = {"files": files if transport.rank == 0 else None}
     if background is not None:
         background.save(folder, _once(pieces + weights), content, **options)
@@ -157,6 +161,8 @@ def _wanted(
     ]
     known = {spec.name for optimizer in optimizers if optimizer._layout for spec in optimizer._layout.specs}
     found.append(want_weights(model, known, source.arrays, report, frozen=source.content.get("frozen", True)))
+    if "states" in source.content:
+        found.append(want_states(model, source.content["states"], source.arrays, report))
     if strict:
         report.refuse()
     return found

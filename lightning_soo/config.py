@@ -122,7 +122,7 @@ def load_config(source: Source = None, variable: str = ENVIRONMENT_VARIABLE) -> 
                 "line such as method=shampoo,precondition_frequency=50"
             )
     text, name = os.fspath(source), origin + os.fspath(source)
-    if "\n" not in text and Path(text).is_file():
+    if "\n" not in text and os.path.isfile(text):  # also of a line that is too long to be a name
         return Config.from_mapping(_parse(Path(text).read_text("utf-8"), name, as_json=text.endswith(".json")), name)
     if re.fullmatch(r"\S+\.(ya?ml|json)", text):
         raise FileNotFoundError(f"{name}: there is no such file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,11 @@ class MemorySource:
             piece.tensor.copy_(flat.view(piece.tensor.shape))
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_file(path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
     """What ``torch.save`` wrote, after its checksums were compared; tensors stay on disk until they are used.
+
+    Args:
+        weights_only: see :func:`load_plain`.
 
     Raises:
         CheckpointError: truncated or damaged, with the record; no file of ``torch.save``.
@@ -113,10 +117,27 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken!r} differs; take an earlier checkpoint")
     try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found: dict[str, Any] = load_plain(path, weights_only=weights_only, mmap=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): take an earlier checkpoint") from None
     return found
+
+
+def load_plain(path: str | os.PathLike[str], *, weights_only: bool | None = None, **options: Any) -> Any:
+    """``torch.load`` to the CPU; objects that only pickle reads are refused unless ``weights_only`` is False.
+
+    Raises:
+        CheckpointError: there are such objects, or what is to become them is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only is not False, **options)
+    except pickle.UnpicklingError as error:
+        found = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} holds an object that is no plain data, of save_hyperparameters() or of what was saved beside the "
+            f"model ({found[0] if found else error!r}): if you trust the file, load it with weights_only=False, which "
+            "Trainer.fit and fabric.load take, or allow its class by torch.serialization.add_safe_globals"
+        ) from None
 
 
 def single_file(

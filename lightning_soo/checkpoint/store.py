@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,19 @@ from lightning_soo.checkpoint.pieces import Piece
 from lightning_soo.checkpoint.trees import merge
 
 Folder = str | os.PathLike[str]
+
+
+def local_path(folder: Folder) -> Path:
+    """
+    Raises:
+        CheckpointError: a URL, which would be written to a folder of that name here.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*://", os.fspath(folder)):
+        raise CheckpointError(
+            f"{os.fspath(folder)}: checkpoint folders are written to a disk that every rank sees, not to URLs; save to "
+            "one and copy it from there"
+        )
+    return Path(folder)
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ def save(
         CheckpointError: pieces that do not make up their arrays.
         torch.distributed.checkpoint.api.CheckpointException: a rank could not write; it says which, and why.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(local_path(folder)))  # what a link names is replaced, not the link
     temporary = unfinished(folder)
     alone = not distributed or not dist.is_initialized() or dist.get_world_size(group) == 1
 
@@ -73,12 +88,13 @@ def save(
         if files is not None:
             files(temporary)
         written = {
-            path.name: {"size": path.stat().st_size, "sha256": file_digest(path)}
-            for path in sorted(temporary.iterdir())
-            if path.name not in {chunk.file for array in manifest.arrays.values() for chunk in array.chunks}
+            path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": file_digest(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+            and path.name not in {chunk.file for array in manifest.arrays.values() for chunk in array.chunks}
         }
         replace(manifest, files={**manifest.files, **written}).write(temporary)
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
         give_name(temporary, folder)
@@ -121,7 +137,7 @@ def _sync(path: Path) -> None:
 
 def find(folder: Folder) -> Path:
     """The folder, or the one that was about to be replaced by it when saving was interrupted."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if not folder.exists() and (previous(folder) / FILE).is_file():
         return previous(folder)
     return folder
@@ -129,7 +145,7 @@ def find(folder: Folder) -> Path:
 
 def newest_complete(parent: Folder) -> Path | None:
     """The checkpoint in a folder of checkpoints that was completed last, if any."""
-    found = [path for path in Path(parent).glob(f"*/{FILE}") if not path.parent.name.endswith(".unfinished")]
+    found = [path for path in local_path(parent).glob(f"*/{FILE}") if not path.parent.name.endswith(".unfinished")]
     newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
     return newest.parent if newest is not None else None
 
@@ -200,15 +216,15 @@ class BackgroundSaver:
         self._lock = threading.Lock()
 
     def save(self, folder: Folder, pieces: Sequence[Piece], content: Mapping[str, Any], **options: Any) -> None:
-        """Copy the pieces, wait for the last save, and write these in the background.
+        """Wait for the last save, copy the pieces, and write these in the background.
 
         Raises:
             Exception: whatever the last save has met.
         """
-        copies = [replace(piece, tensor=piece.flat().to("cpu", copy=True)) for piece in pieces]
         self.wait()
+        copies = [replace(piece, tensor=piece.flat().to("cpu", copy=True)) for piece in pieces]
         options = {**options, "group": self._group, "distributed": self._distributed}
-        self._under_way = self._thread.submit(save, folder, copies, content, **options)
+        self._under_way = self._thread.submit(save, folder, copies, deepcopy(content), **options)
 
     def wait(self) -> None:
         """Until what was begun is on disk.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.preconditioners import join_preconditioners
-from lightning_soo.checkpoint.sources import read_file
+from lightning_soo.checkpoint.sources import load_plain, read_file
 from lightning_soo.checkpoint_folders import load_checkpoint
 from lightning_soo.optim.base import SecondOrderOptimizer
 
@@ -21,8 +20,12 @@ TRAINER_FILE = "trainer.pt"
 """Of a checkpoint folder: what is neither weights nor optimizers: loops, callbacks, schedulers."""
 
 
-def read_trainer_file(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(store.find(folder) / TRAINER_FILE, map_location="cpu", weights_only=True)
+def read_trainer_file(folder: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: it holds objects that are no plain data, and ``weights_only`` is not False.
+    """
+    found: dict[str, Any] = load_plain(store.find(folder) / TRAINER_FILE, weights_only=weights_only)
     return found
 
 
@@ -42,6 +45,7 @@ class CheckpointGuard:
         trainer.strategy.load_checkpoint = self._checked  # type: ignore[method-assign]
 
     def _checked(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        trusts = kwargs.get("weights_only", args[0] if args else None)
         path = Path(self._strategy.broadcast(checkpoint_path)) if isinstance(checkpoint_path, (str, Path)) else None
         if path is None or not (path.exists() or store.is_store(path)):
             return self._load(checkpoint_path, *args, **kwargs)  # a URL, a registry, or Lightning's own refusal
@@ -59,9 +63,9 @@ class CheckpointGuard:
                 self._folder = path
             else:
                 load_checkpoint(path, self._module, ())
-            return {**read_trainer_file(path), "state_dict": self._module.state_dict(), "optimizer_states": []}
+            return {**read_trainer_file(path, trusts), "state_dict": self._module.state_dict(), "optimizer_states": []}
         if path.is_file():
-            read_file(path)
+            read_file(path, trusts)
         checkpoint = self._load(checkpoint_path, *args, **kwargs)
         if replicated:
             join_preconditioners(checkpoint)

@@ -19,7 +19,7 @@ from lightning_soo.checkpoint.weights import MODEL
 from lightning_soo.optim.gathered import GatheredOptimizer
 from lightning_soo.optim.grafting import MOMENTS
 from lightning_soo.optim.stateful import StatefulOptimizer
-from lightning_soo.optim.torch_states import settings_of
+from lightning_soo.optim.torch_states import saved_group, settings_of
 from lightning_soo.placement.fragments import Fragment, to_local
 from lightning_soo.transport import entries_of
 
@@ -138,7 +138,10 @@ def want(
         for fragment in layout.fragments:
             if fragment.name in same:
                 _take_counters(optimizer, fragment, content["state"].get(fragment.name, {}))
-        for group, saved in zip(optimizer._groups(), content["groups"], strict=False):
+        group_of = {name: row["group"] for name, row in content["parameters"].items()}
+        for index, group in enumerate(optimizer._groups()):
+            members = [spec.name for spec, own in zip(layout.specs, layout.groups, strict=True) if own == index]
+            saved = content["groups"][saved_group(index, members, group_of, len(content["groups"]))]
             _take_group(group, settings_of(group, saved) if adopts else saved)
         if adopts:
             assert isinstance(optimizer, StatefulOptimizer)

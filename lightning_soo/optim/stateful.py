@@ -130,7 +130,8 @@ class StatefulOptimizer(PlannedOptimizer):
         blocks = self._fitting(saved, dict.fromkeys(names) if self.is_sharded else shapes_in(rest, names), report)
         if strict:
             report.refuse()
-        whole = report.is_complete or self.is_sharded
+        here = [name for name, _ in parameter_names_of(self)]
+        whole = self.is_sharded or (report.is_complete and names == here)  # torch goes by position
         return partial(self._load_both, rest if whole else by_position(self, rest, names, report.taken), blocks)
 
     def _load_both(self, rest: dict[str, Any], blocks: Mapping[str, Any]) -> None:

@@ -123,9 +123,13 @@ def _rearranged(
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
     position = 0
-    own = iter(parameter_names_of(optimizer))
+    here = parameter_names_of(optimizer)
+    own = iter(here)
+    owners = [index for index, group in enumerate(state_dict["param_groups"]) for _ in group["params"]]
+    group_of = dict(zip(names, owners, strict=False))
     for index, group in enumerate(optimizer.param_groups):
-        given = state_dict["param_groups"][min(index, len(state_dict["param_groups"]) - 1)]
+        members = [name for name, _ in here[position : position + len(group["params"])]]
+        given = state_dict["param_groups"][saved_group(index, members, group_of, len(state_dict["param_groups"]))]
         places = list(range(position, position + len(group["params"])))
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         if with_options:
@@ -140,6 +144,11 @@ def _rearranged(
                 }
         position += len(places)
     return {"state": state, "param_groups": groups}
+
+
+def saved_group(index: int, members: Sequence[str], group_of: Mapping[str, int], count: int) -> int:
+    """Which of ``count`` saved groups has the settings of group ``index`` here: that of its first parameter by name."""
+    return next((group_of[name] for name in members if name in group_of), min(index, count - 1))
 
 
 def _is_flat(value: Any, shape: tuple[int, ...]) -> bool:

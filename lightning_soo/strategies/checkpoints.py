@@ -80,7 +80,7 @@ class PortableCheckpoints(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         ours = self.second_order_optimizers
         if self.writes_folders and self.portable_checkpoints and ours and storage_options is None:
-            self._save_folder(checkpoint, Path(self.broadcast(filepath)))
+            self._save_folder(checkpoint, store.local_path(self.broadcast(filepath)))
             return
         if "optimizer_states" in checkpoint and not self.preconditioners_travel_with_optimizer:
             saved = collect_preconditioners(ours, self.is_global_zero)
@@ -113,10 +113,11 @@ class PortableCheckpoints(ParallelStrategy):
         if self._saver is not None:
             self._saver.wait()
         path = Path(self.broadcast(checkpoint_path))
+        trusts = kwargs.get("weights_only", args[0] if args else None)
         if store.is_store(path):
-            return self._take(FolderSource(path), read_trainer_file(path))
+            return self._take(FolderSource(path), read_trainer_file(path, trusts))
         if path.is_file() and self.second_order_optimizers:
-            whole = read_file(path)
+            whole = read_file(path, trusts)
             names = [optimizer.parameter_names() for optimizer in self.second_order_optimizers]
             source = single_file(path, whole, self._aliases(), names)
             if not self.preconditioners_travel_with_optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lightning_soo.checkpoint import store
 from lightning_soo.checkpoint.preconditioners import PRECONDITIONERS, collect_preconditioners, restore_preconditioners
-from lightning_soo.checkpoint.sources import read_file
+from lightning_soo.checkpoint.sources import load_plain, read_file
 from lightning_soo.checkpoint_folders import load_checkpoint, save_checkpoint
 from lightning_soo.optim.base import SecondOrderOptimizer
 
@@ -48,7 +49,7 @@ class FabricCheckpoints(ParallelStrategy):
                 if not any(value is one for one in taken)
             }
             save_checkpoint(
-                Path(self.broadcast(path)),
+                store.local_path(self.broadcast(path)),
                 model,
                 optimizers,
                 files=lambda unfinished: torch.save(rest, unfinished / REST_FILE),
@@ -60,23 +61,29 @@ class FabricCheckpoints(ParallelStrategy):
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if isinstance(path, (str, Path)) and store.is_store(path):
-            return self._load_folder(Path(self.broadcast(path)), state)
+        trusts = kwargs.get("weights_only", args[1] if len(args) > 1 else None)  # after strict
+        if isinstance(path, (str, Path)) and "://" not in str(path) and store.is_store(path):
+            return self._load_folder(Path(self.broadcast(path)), state, trusts)
         if isinstance(path, (str, Path)) and Path(path).is_file() and isinstance(state, dict):
-            _check_file(Path(path), state)
+            _check_file(Path(path), state, trusts)
         rest = super().load_checkpoint(path, state, *args, **kwargs)
         if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
             # where each rank reads a file of its own, only rank 0's holds them
             restore_preconditioners(self.second_order_optimizers, self.broadcast(rest.pop(PRECONDITIONERS, None)))
         return rest
 
-    def _load_folder(self, folder: Path, state: Any) -> dict[str, Any]:
+    def _load_folder(self, folder: Path, state: Any, weights_only: bool | None = None) -> dict[str, Any]:
         given = {"model": state} if isinstance(state, nn.Module) else state or {}
         model, optimizers = _objects(given)
         if model is None:
             raise ValueError(f"{folder} is loaded into a model: fabric.load(path, {{'model': model, ...}})")
+        kept = store.find(folder) / REST_FILE
+        rest: dict[str, Any] | None = None
+        with suppress(OSError, RuntimeError):  # what is damaged is found by its checksum, and named
+            rest = load_plain(kept, weights_only=weights_only)
         load_checkpoint(folder, model, optimizers)
-        rest: dict[str, Any] = torch.load(store.find(folder) / REST_FILE, map_location="cpu", weights_only=True)
+        if rest is None:
+            rest = load_plain(kept, weights_only=weights_only)
         for name, value in given.items():
             if value is model or any(value is one for one in optimizers) or name not in rest:
                 continue
@@ -87,13 +94,13 @@ class FabricCheckpoints(ParallelStrategy):
         return rest
 
 
-def _check_file(path: Path, state: Mapping[str, Any]) -> None:
+def _check_file(path: Path, state: Mapping[str, Any], weights_only: bool | None = None) -> None:
     """Before Fabric loads one thing after the other.
 
     Raises:
         CheckpointError: damaged, or the state of an optimizer that does not fit.
     """
-    saved = read_file(path)
+    saved = read_file(path, weights_only)
     for name, value in state.items():
         if isinstance(value, SecondOrderOptimizer) and not value.is_sharded and name in saved:
             value.check_state_dict(saved[name])
