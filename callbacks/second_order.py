@@ -23,6 +23,7 @@ from lightning_soo.integrations.trainer import (
     say_accumulation,
     say_batch,
     second_order_optimizers,
+    training_step_arguments,
 )
 from lightning_soo.integrations.trainer_checkpoints import CheckpointGuard
 from lightning_soo.optim.base import SecondOrderOptimizer
@@ -118,7 +119,7 @@ class SecondOrder(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         found = second_order_optimizers(trainer)
         say_accumulation(found, trainer)
-        say_batch(found, trainer, batch, index)
+        say_batch(found, trainer, *training_step_arguments(pl_module, batch, index))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -82,6 +82,7 @@ def load_checkpoint(
     optimizers: Portable | Sequence[Portable],
     *,
     strict: bool = True,
+    strict_weights: bool | None = None,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote, each rank what it needs. Collective.
 
@@ -92,6 +93,7 @@ def load_checkpoint(
         model: as the engine has wrapped it.
         optimizers: as many as were saved; none loads the weights alone.
         strict: False takes what fits, by name and shape, and reports the rest.
+        strict_weights: the same of what no optimizer holds; None is ``strict``.
 
     Returns:
         What was taken, and ``extra``.
@@ -100,7 +102,7 @@ def load_checkpoint(
         CheckpointError: damaged, incomplete, of another model or method, or of a newer version; on every rank.
     """
     listed = _listed(optimizers)
-    source, wanted, report = _prepare(folder, model, listed, strict=strict)
+    source, wanted, report = _prepare(folder, model, listed, strict=strict, strict_weights=strict_weights)
     source.read(_once([piece for one in wanted for piece in one.pieces]))
     for one in wanted:
         one.install()
@@ -119,17 +121,23 @@ def check_checkpoint(
     optimizers: Portable | Sequence[Portable],
     *,
     strict: bool = True,
+    strict_weights: bool | None = None,
 ) -> LoadReport:
     """What :func:`load_checkpoint` would take; nothing is changed. Collective.
 
     Raises:
         CheckpointError: as of :func:`load_checkpoint`.
     """
-    return _prepare(folder, model, _listed(optimizers), strict=strict)[2]
+    return _prepare(folder, model, _listed(optimizers), strict=strict, strict_weights=strict_weights)[2]
 
 
 def _prepare(
-    folder: store.Folder | Source, model: nn.Module, listed: list[Portable], *, strict: bool
+    folder: store.Folder | Source,
+    model: nn.Module,
+    listed: list[Portable],
+    *,
+    strict: bool,
+    strict_weights: bool | None,
 ) -> tuple[Source, list[Wanted], LoadReport]:
     _attach(model, listed)
     transport, report = _transport(listed), LoadReport()
@@ -137,7 +145,8 @@ def _prepare(
     wanted, error = [], None
     try:
         source = FolderSource(folder) if isinstance(folder, (str, os.PathLike)) else folder
-        wanted = _wanted(source, model, listed, report, strict=strict)
+        weights = strict if strict_weights is None else strict_weights
+        wanted = _wanted(source, model, listed, report, strict=strict, strict_weights=weights)
         source.check([piece for one in wanted for piece in one.pieces])
     except (CheckpointError, OSError) as raised:
         error = raised
@@ -147,7 +156,13 @@ def _prepare(
 
 
 def _wanted(
-    source: Source, model: nn.Module, optimizers: Sequence[Portable], report: LoadReport, *, strict: bool
+    source: Source,
+    model: nn.Module,
+    optimizers: Sequence[Portable],
+    report: LoadReport,
+    *,
+    strict: bool,
+    strict_weights: bool,
 ) -> list[Wanted]:
     contents = source.content["optimizers"] if optimizers else []
     if len(contents) != len(optimizers):
@@ -160,10 +175,14 @@ def _wanted(
         for number, (optimizer, content) in enumerate(zip(optimizers, contents, strict=True))
     ]
     known = {spec.name for optimizer in optimizers if optimizer._layout for spec in optimizer._layout.specs}
-    found.append(want_weights(model, known, source.arrays, report, frozen=source.content.get("frozen", True)))
+    rest = LoadReport()
+    found.append(want_weights(model, known, source.arrays, rest, frozen=source.content.get("frozen", True)))
     if "states" in source.content:
-        found.append(want_states(model, source.content["states"], source.arrays, report))
-    if strict:
+        found.append(want_states(model, source.content["states"], source.arrays, rest))
+    if strict != strict_weights:
+        (report if strict else rest).refuse()
+    report.add(rest)
+    if strict and strict_weights:
         report.refuse()
     return found
 

@@ -83,6 +83,11 @@ class Passes:
             latest = self._start(self._possible)
         return latest
 
+    def is_over(self) -> bool:
+        """Whether what is called now begins a pass."""
+        latest = self._latest()
+        return (latest is None or latest.is_counted) and not is_in_backward()
+
     def has_uses(self) -> bool:
         """Whether layers were called whose gradients nobody has asked for yet."""
         latest = self._latest()

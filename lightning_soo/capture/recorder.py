@@ -42,6 +42,7 @@ class Recorder:
         examples: how many examples that were.
         recording: set it for the steps that need factors; otherwise a hook costs a function call.
         phase: moves the grid of ``positions``, and seeds draws; the same on every rank, the number of the step.
+        gradients_are_gone: whether what was seen belongs to gradients that were dropped since, without :meth:`clear`.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Recorder:
             raise ValueError(f"outputs={outputs!r} is no module{nearest(str(outputs), [name for name, _ in named])}")
         self._model = whole[-1]
         self.recording, self.examples = True, 0
+        self.gradients_are_gone: Callable[[], bool] = lambda: False
         self._passes = Passes()
         self._hooks = Hooks()
         by_module: dict[nn.Module, list[Layer]] = {}
@@ -175,6 +177,8 @@ class Recorder:
 
     def _begin(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self.recording:
+            if self.examples and self._passes.is_over() and self.gradients_are_gone():
+                self.clear()
             self._passes.begin(module, positional, named)
 
     def _end(self, module: nn.Module, positional: tuple[Any, ...], output: Any) -> None:

@@ -36,6 +36,12 @@ class LoadReport:
                 lines.append(f"{title}: and {len(rows) - _SHOWN} more")
         return "\n".join(lines)
 
+    def add(self, other: LoadReport) -> None:
+        """What another report says of other things."""
+        self.taken += other.taken
+        self.anew |= other.anew
+        self.ignored |= other.ignored
+
     def refuse(self) -> None:
         """
         Raises:

@@ -126,17 +126,20 @@ def read_file(path: str | os.PathLike[str], weights_only: bool | None = None) ->
 def load_plain(path: str | os.PathLike[str], *, weights_only: bool | None = None, **options: Any) -> Any:
     """``torch.load`` to the CPU; objects that only pickle reads are refused unless ``weights_only`` is False.
 
+    None is torch's default: refused unless the environment says otherwise.
+
     Raises:
         CheckpointError: there are such objects, or what is to become them is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only is not False, **options)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, **options)
     except pickle.UnpicklingError as error:
         found = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path} holds an object that is no plain data, of save_hyperparameters() or of what was saved beside the "
-            f"model ({found[0] if found else error!r}): if you trust the file, load it with weights_only=False, which "
-            "Trainer.fit and fabric.load take, or allow its class by torch.serialization.add_safe_globals"
+            f"model ({found[0] if found else error!r}): if you trust the file, load it with weights_only=False "
+            "(Trainer.fit and fabric.load take it; Lightning does not hand it to a strategy soo_...: set "
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 there), or allow its class by torch.serialization.add_safe_globals"
         ) from None
 
 

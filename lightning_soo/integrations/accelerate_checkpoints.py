@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
+
 from lightning_soo.checkpoint.errors import CheckpointError
 from lightning_soo.integrations.accelerate_state import (
     Part,
@@ -22,6 +24,8 @@ from lightning_soo.integrations.accelerate_state import (
     without,
 )
 from lightning_soo.optim.base import SecondOrderOptimizer
+
+_LOADED_BY_ENGINES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class AcceleratorCheckpoints:
@@ -73,11 +77,15 @@ class AcceleratorCheckpoints:
         strict = bool(options.get("strict", options.get("load_module_strict", True)))
         check_parts(parts, folder, strict=strict)
         self._loading = parts
+        # the user's hooks see the models, where Accelerate shows them at all; ours comes after them
+        shown = self._accelerator.distributed_type not in _LOADED_BY_ENGINES
+        last = self._accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         try:
-            with without(self._accelerator, "_models", "_optimizers"):
+            with without(self._accelerator, "_optimizers", *([] if shown else ["_models"])):
                 self._load_state(str(folder), *arguments, **options)
         finally:
             self._loading = None
+            last.remove()
         saved = load_parts(parts, folder, strict=strict)
         self._count(saved.get("accelerate", {}))
 

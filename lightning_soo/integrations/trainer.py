@@ -43,11 +43,15 @@ def is_ours(strategy: Any) -> bool:
 
 
 def say_accumulation(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer) -> None:
-    """Tell optimizers that look at single examples what the Trainer divides and scales losses by."""
+    """Tell optimizers that look at single examples what the Trainer divides and scales losses by.
+
+    In manual optimization the module divides them, and says so itself by ``optimizer.accumulate``.
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, LayeredOptimizer):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            optimizer.accumulate(trainer.accumulate_grad_batches, scaler)
+            automatic = trainer.lightning_module.automatic_optimization
+            optimizer.accumulate(trainer.accumulate_grad_batches if automatic else optimizer.micro_batches, scaler)
 
 
 def data_workers(trainer: pl.Trainer) -> int:
@@ -55,20 +59,31 @@ def data_workers(trainer: pl.Trainer) -> int:
     return sum(loader.num_workers for loader in tree_iter(trainer.train_dataloader) if isinstance(loader, DataLoader))
 
 
-def say_batch(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer, batch: Any, index: int) -> None:
-    """Give optimizers with an adaptive damping what evaluates this batch; nothing to others."""
+def say_batch(optimizers: Sequence[SecondOrderOptimizer], trainer: pl.Trainer, *arguments: Any) -> None:
+    """Give optimizers with an adaptive damping what evaluates this batch; nothing to others.
+
+    Args:
+        arguments: of ``training_step``.
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, LayeredOptimizer) and optimizer.options.adaptive_damping is not None:
-            optimizer.evaluate = evaluator(trainer, batch, index)
+            optimizer.evaluate = evaluator(trainer, *arguments)
 
 
-def evaluator(trainer: pl.Trainer, batch: Any, index: int) -> Callable[[], Tensor]:
+def training_step_arguments(module: pl.LightningModule, batch: Any, index: int) -> tuple[Any, ...]:
+    """What Lightning gives to ``training_step``: the batch's number only where there is a place for it."""
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+    return (batch, index) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else (batch,)
+
+
+def evaluator(trainer: pl.Trainer, *arguments: Any) -> Callable[[], Tensor]:
     """The loss of the batch at hand once more, for optimizers that compare it before and after a step: a function that
     runs ``training_step`` on it again, without gradients and without logging."""
 
     def evaluate() -> Tensor:
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
-            output = once_more(trainer.lightning_module, trainer.strategy.training_step, batch, index)
+            output = once_more(trainer.lightning_module, trainer.strategy.training_step, *arguments)
         return cast(Tensor, output["loss"] if isinstance(output, dict) else output)
 
     return evaluate

@@ -60,7 +60,17 @@ class LayeredOptimizer(LayerDirections):
             positions=options.statistics_positions,
             gram_dtype=options.gram_dtype,
         )
+        gone = weakref.WeakMethod(self._gradients_are_gone)
+        self._recorder.gradients_are_gone = lambda: (ask := gone()) is not None and ask()
         self._release = weakref.finalize(self, self._recorder.close)  # the hooks of a dropped optimizer go with it
+
+    def _gradients_are_gone(self) -> bool:
+        """Whether a scaler has left the step out and others have dropped the gradients: ``model.zero_grad()``.
+
+        Told by the parameters where they are whole; an engine that shards keeps gradients elsewhere.
+        """
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        return all(parameter.grad is None for parameter in every) and not self.is_sharded
 
     def _unwatch(self) -> None:
         if self._release is not None:
@@ -100,6 +110,11 @@ class LayeredOptimizer(LayerDirections):
             self._take_contributions()  # keepers may change
         super()._install_plan(plan, layout)
         self._set_recording()
+
+    @property
+    def micro_batches(self) -> float:
+        """By which each micro-batch's loss is divided, as :meth:`accumulate` was told."""
+        return self._micro_batches
 
     def accumulate(self, micro_batches: float, scaler: Any = None) -> None:
         """Say what the loss is divided by, and scaled by, before ``backward()``; front doors do it.

@@ -124,7 +124,7 @@ class PortableCheckpoints(ParallelStrategy):
                 return self._take(source, whole)
             if self._is_fitting:  # Lightning hands it out, so that the module's hook may change it
                 assert self.model is not None
-                check_checkpoint(source, self.model, self.second_order_optimizers)
+                check_checkpoint(source, self.model, self.second_order_optimizers, strict_weights=False)
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if self.preconditioners_travel_with_optimizer:
             join_preconditioners(checkpoint)
@@ -135,8 +135,10 @@ class PortableCheckpoints(ParallelStrategy):
         return checkpoint
 
     def _take(self, source: Source, rest: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.model is not None
-        _, saved = load_checkpoint(source, self.model, self.second_order_optimizers if self._is_fitting else ())
+        assert self.model is not None and self.lightning_module is not None
+        optimizers = self.second_order_optimizers if self._is_fitting else ()
+        strict = self.lightning_module.strict_loading
+        _, saved = load_checkpoint(source, self.model, optimizers, strict_weights=strict)
         if self._is_fitting:
             self.restore_engine_state(saved)
         kept = {name: value for name, value in rest.items() if name not in _OURS}

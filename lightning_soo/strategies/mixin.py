@@ -112,11 +112,12 @@ class SecondOrderStrategyMixin(PortableCheckpoints):
         say_accumulation(self.second_order_optimizers, self.lightning_module.trainer)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-    def training_step(self, batch: Any, index: int = 0, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *arguments: Any, **named: Any) -> Any:
+        """With what Lightning gives: the batch, and its number where the module asks for it."""
         assert self.lightning_module is not None
         if torch.is_grad_enabled():  # not the evaluation itself
-            say_batch(self.second_order_optimizers, self.lightning_module.trainer, batch, index)
-        return super().training_step(batch, index, *args, **kwargs)
+            say_batch(self.second_order_optimizers, self.lightning_module.trainer, *arguments)
+        return super().training_step(*arguments, **named)
 
     def on_train_start(self) -> None:
         """Only now the Trainer has asked for its loaders, whose processes take cores that workers do not get."""

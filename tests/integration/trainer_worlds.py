@@ -61,6 +61,13 @@ class Model(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class OneArgument(Model):
+    """Lightning does not ask for the batch's number."""
+
+    def training_step(self, batch: Any) -> torch.Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+
 def loader() -> DataLoader[Any]:
     inputs = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(inputs, inputs[:, :3].sin()), BATCH)
@@ -120,7 +127,7 @@ def fit(
 def main(out: Path, tasks: list[str]) -> None:
     """Args: tasks: ``engine`` trains two epochs; ``engine:name`` goes on from the first epoch of ``name``.
 
-    What goes on from AdamW's, ``adamw-1``, adopts it.
+    What goes on from AdamW's, ``adamw-1``, adopts it, and has a ``training_step`` of one argument.
     """
     from launching import leave
 
@@ -132,8 +139,14 @@ def main(out: Path, tasks: list[str]) -> None:
             fit(engine, out / name, callback={})
             continue
         folder = out / f"{name}-from-{source[0]}"
-        adopt = {"adopt": True} if source[0] == "adamw-1" else {}
-        fit(engine, folder, path=out / source[0] / "epoch=0.ckpt", model=Model(seed=5), callback=adopt)
+        adopts = source[0] == "adamw-1"
+        fit(
+            engine,
+            folder,
+            path=out / source[0] / "epoch=0.ckpt",
+            model=OneArgument(seed=5) if adopts else Model(seed=5),
+            callback={"adopt": True} if adopts else {},
+        )
     leave()
 
 

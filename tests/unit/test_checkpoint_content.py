@@ -210,3 +210,19 @@ def test_a_long_line_is_no_name_of_a_file() -> None:
     entries = ",".join(f"{{match: layer{number}, method: none}}" for number in range(30))
     found = load_config(f"method=shampoo,overrides=[{entries}]")
     assert len(found.options["overrides"]) == 30
+
+
+def test_weights_may_be_less_strict_than_what_trains(tmp_path: Path) -> None:
+    trained = nn.Linear(3, 3)
+    whole = nn.ModuleDict({"trained": trained})
+    save_checkpoint(tmp_path / "saved", whole, Shampoo(trained.named_parameters("trained")))
+    model = nn.ModuleDict({"trained": nn.Linear(3, 3), "frozen": nn.Linear(3, 3).requires_grad_(False)})
+    optimizer = Shampoo(model["trained"].named_parameters("trained"))
+    with pytest.raises(CheckpointError, match=r"frozen\.weight"):
+        load_checkpoint(tmp_path / "saved", model, optimizer)
+    report, _ = load_checkpoint(tmp_path / "saved", model, optimizer, strict_weights=False)
+    assert sorted(report.anew) == ["frozen.bias", "frozen.weight"]
+    assert torch.equal(model["trained"].weight, trained.weight)
+    wider = nn.ModuleDict({"trained": nn.Linear(3, 4)})
+    with pytest.raises(CheckpointError, match=r"trained\.weight"):
+        load_checkpoint(tmp_path / "saved", wider, Shampoo(wider), strict_weights=False)

@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soo import KFAC
+from lightning_soo.integrations.trainer import say_accumulation
 from lightning_soo.optim import contributions
 from lightning_soo.optim.takeover import take_over
 from lightning_soo.transport import Transport
@@ -746,3 +748,34 @@ def test_factors_go_to_where_the_parameters_are_kept() -> None:
     )
     packed = contributions._packed(block, recorder.sums[block.layer.layer], 4, torch.float32)
     assert {array.device.type for array in (*own, *packed)} == {"meta"}
+
+
+def test_gradients_that_others_drop_take_their_statistics_along() -> None:
+    """A scaler leaves a step out after an overflow, and the Transformers Trainer then clears the model's gradients."""
+    found = []
+    for overflows in (0, 2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        optimizer = KFAC(net, **PLAIN)
+        for _ in range(overflows):
+            optimizer.accumulate(1, SimpleNamespace(get_scale=lambda: 64.0))
+            (64.0 * net(torch.randn(4, 3)).square().mean()).backward()
+            net.zero_grad()
+        optimizer.accumulate(2, None)
+        for part in torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).split(4):
+            (net(part).square().mean() / 2).backward()
+        optimizer.step()
+        found.append(factors_of(optimizer))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_manual_optimization_says_itself_by_what_losses_are_divided() -> None:
+    optimizer = KFAC(nn.Linear(3, 2))
+    optimizer.accumulate(4)
+    precision = SimpleNamespace(scaler=None)
+    for automatic, wanted in ((False, 4), (True, 2)):
+        module = SimpleNamespace(automatic_optimization=automatic)
+        trainer = SimpleNamespace(precision_plugin=precision, lightning_module=module, accumulate_grad_batches=2)
+        say_accumulation([optimizer], trainer)
+        assert optimizer.micro_batches == wanted

@@ -69,7 +69,13 @@ class FabricCheckpoints(ParallelStrategy):
         rest = super().load_checkpoint(path, state, *args, **kwargs)
         if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
             # where each rank reads a file of its own, only rank 0's holds them
-            restore_preconditioners(self.second_order_optimizers, self.broadcast(rest.pop(PRECONDITIONERS, None)))
+            saved = self.broadcast(rest.pop(PRECONDITIONERS, None))
+            ours, asked = self.second_order_optimizers, _objects(state)[1] if isinstance(state, dict) else []
+            inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in asked]
+            chosen = [number for number, one in enumerate(ours) if one in inner]
+            if saved is not None and len(chosen) < len(ours):  # weights alone, or some of several
+                saved = [saved[number] for number in chosen]
+            restore_preconditioners([ours[number] for number in chosen], saved)
         return rest
 
     def _load_folder(self, folder: Path, state: Any, weights_only: bool | None = None) -> dict[str, Any]:
