@@ -76,3 +76,10 @@ def find_tensor(module: nn.Module, name: str) -> Tensor:
     owner, attribute = _owner(module, name)
     found: Tensor = getattr(owner, attribute)
     return found
+
+
+def held_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """As :func:`find_tensor`, without asking the module for it: ZeRO-3 would gather a parameter that is asked for."""
+    owner, attribute = _owner(module, name)
+    found = owner._parameters.get(attribute)
+    return found if found is not None else owner.__dict__.get(attribute)

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from lightning_soo.capture.factors import FactorSums, Statistics
 from lightning_soo.capture.layers import Layer
-from lightning_soo.capture.parameters import find_tensor
+from lightning_soo.capture.parameters import held_tensor
 
 _DEPTH = 8  # operations from a weight to the output of its module: a cast, views, the product
 
@@ -43,7 +43,8 @@ class Use:
             self._inputs = [layer.rule.input_sums(module, layer.part, values, batch, how) for layer in layers]
         self._values = values if any(layer.rule.needs_input for layer in layers) else None
         names = {name for layer in layers for name in (layer.part.weight, layer.part.bias) if name is not None}
-        trained = [tensor for tensor in (find_tensor(module, name) for name in names) if tensor.requires_grad]
+        held = [held_tensor(module, name) for name in names]
+        trained = [tensor for tensor in held if tensor is not None and tensor.requires_grad]
         self._nodes = _among_sources(result, [get_gradient_edge(tensor).node for tensor in trained])
 
     def is_for_weights(self) -> bool:
