@@ -222,6 +222,7 @@ class BackgroundSaver:
             Exception: whatever the last save has met.
         """
         self.wait()
+        local_path(folder)  # refused here and not when it is waited for
         copies = [replace(piece, tensor=piece.flat().to("cpu", copy=True)) for piece in pieces]
         options = {**options, "group": self._group, "distributed": self._distributed}
         self._under_way = self._thread.submit(save, folder, copies, deepcopy(content), **options)

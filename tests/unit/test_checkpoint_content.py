@@ -135,6 +135,7 @@ def test_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         lambda: save_checkpoint("s3://bucket/step-1", model, Shampoo(model)),
         lambda: load_checkpoint("s3://bucket/step-1", model, Shampoo(model)),
         lambda: newest_complete("gs://bucket"),
+        lambda: save_checkpoint("s3://bucket/step-1", model, Shampoo(model), background=BackgroundSaver()),
     ):
         with pytest.raises(CheckpointError, match=r"://bucket.*to a disk that every rank sees"):
             call()
