@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_soo.capture.parameters import ParameterNames, module_name
+from lightning_soo.capture.parameters import ParameterNames
 from lightning_soo.capture.registry import LayerPart, LayerRule, find_rule
+from lightning_soo.placement.fragments import module_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,11 +61,6 @@ def _flattened(flat: Any) -> Iterator[tuple[str, nn.Module]]:
         yield info.param_name, info.module
 
 
-def module_name(path: str) -> str:
-    """A module's canonical name; wrappers have that of what they wrap."""
-    return canonical_name(f"{path}.x" if path else "x").removesuffix("x").removesuffix(".")
-
-
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     *path, attribute = name.split(".")
     return module.get_submodule(".".join(path)), attribute

@@ -23,12 +23,12 @@ from torch.autograd.graph import get_gradient_edge
 from lightning_soo.capture.factors import APPROXIMATIONS, FactorSums, Statistics
 from lightning_soo.capture.fisher import FISHERS, LIKELIHOODS, check_weights_stay, output_tensor, seeds
 from lightning_soo.capture.layers import Layer, find_layers
-from lightning_soo.capture.parameters import module_name
 from lightning_soo.capture.passes import Pass, Passes, is_in_backward, is_repeated
 from lightning_soo.capture.registry import Record, limit_part
 from lightning_soo.capture.switch import Hooks
 from lightning_soo.capture.uses import Use, source
 from lightning_soo.naming import nearest
+from lightning_soo.placement.fragments import module_name
 
 __all__ = ["Layer", "Recorder", "find_layers"]
 

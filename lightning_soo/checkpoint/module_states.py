@@ -12,7 +12,7 @@ from lightning_soo.checkpoint.manifest import Array
 from lightning_soo.checkpoint.pieces import Piece, Wanted
 from lightning_soo.checkpoint.report import LoadReport
 from lightning_soo.checkpoint.trees import put_together, take_apart
-from lightning_soo.placement.fragments import canonical_name
+from lightning_soo.placement.fragments import module_name
 
 logger = logging.getLogger(__name__)
 _KEY = "state"
@@ -57,5 +57,5 @@ def _with_state(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for path, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            found[canonical_name(f"{path}.x" if path else "x").removesuffix("x").removesuffix(".")] = module
+            found[module_name(path)] = module
     return found

@@ -66,3 +66,8 @@ def to_local(tensor: torch.Tensor) -> torch.Tensor:
 def canonical_name(name: str) -> str:
     """Drop the prefixes that wrappers add (DDP, torch.compile, FSDP1, activation checkpointing)."""
     return _WRAPPER_PREFIXES.sub("", name)
+
+
+def module_name(path: str) -> str:
+    """A module's canonical name; wrappers have that of what they wrap."""
+    return canonical_name(f"{path}.x" if path else "x").removesuffix("x").removesuffix(".")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import accelerate.state
 import pytest
@@ -59,9 +57,8 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     document = sybil.Sybil(parsers=[PythonCodeBlockParser(), SkipParser()]).parse(page)
     document.namespace.update(namespace())
     try:
-        with mock.patch.dict(os.environ):  # in which launchers and engines leave ranks and addresses
-            for example in document.examples():
-                example.evaluate()
+        for example in document.examples():
+            example.evaluate()
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         if dist.is_initialized():
