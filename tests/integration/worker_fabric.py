@@ -115,10 +115,12 @@ def main(worker: Any, engine: str, out: Path) -> dict[str, Any]:
         resumed = train(worker, strategy, range(1), load=out / method)
         assert [type(one) for one in strategy.second_order_optimizers] == [kind]
         torch.testing.assert_close(resumed, results[method], rtol=1e-5, atol=1e-6)
-    if engine == "fsdp":  # one file: weights alone are no reason to take preconditioners
+    if engine == "fsdp":  # one file
         given = {"method": "shampoo", "options": worker.SHAMPOO, "state_dict_type": "full"}
         train(worker, make_strategy(engine, **given), range(1), save=out / "whole")
-        strategy = make_strategy(engine, **given)
+        resumed = train(worker, make_strategy(engine, **given), range(1), load=out / "whole")
+        torch.testing.assert_close(resumed, results["shampoo"], rtol=1e-5, atol=1e-6)
+        strategy = make_strategy(engine, **given)  # weights alone are no reason to take preconditioners
         train(worker, strategy, range(0), load=out / "whole", loads=("model",))
         assert strategy.second_order_optimizers[0].steps == 0
     dist.barrier()

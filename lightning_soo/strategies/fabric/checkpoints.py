@@ -55,10 +55,14 @@ class FabricCheckpoints(ParallelStrategy):
                 files=lambda unfinished: torch.save(rest, unfinished / REST_FILE),
             )
             return
-        if self.second_order_optimizers and not self.preconditioners_travel_with_optimizer:
-            saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
-            state = {**state, PRECONDITIONERS: saved}
-        super().save_checkpoint(path, state, *args, **kwargs)
+        super().save_checkpoint(path, self.with_preconditioners(state), *args, **kwargs)
+
+    def with_preconditioners(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What is to be saved, and what the engine does not save with its optimizers. Collective."""
+        if not self.second_order_optimizers or self.preconditioners_travel_with_optimizer:
+            return dict(state)
+        saved = collect_preconditioners(self.second_order_optimizers, self.is_global_zero)
+        return {**state, PRECONDITIONERS: saved}
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         trusts = kwargs.get("weights_only", args[1] if len(args) > 1 else None)  # after strict

@@ -92,6 +92,7 @@ class FabricSecondOrderFSDPStrategy(FabricSecondOrderMixin, FSDPStrategy):
         if path.is_dir() and self.is_global_zero:
             shutil.rmtree(path)  # a sharded checkpoint of this name
         saved: dict[str, Any] = {}
+        state = self.with_preconditioners(state)
         with whole_state(modules[0]):
             for key, value in state.items():
                 if isinstance(value, torch.optim.Optimizer):
